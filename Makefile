@@ -1,0 +1,52 @@
+# The few commands of this project; `make help` lists them. Everything is set up in .venv on first use.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+# Build options pass through: make CMAKE_ARGS="-DGGML_CUDA=ON" build
+export CMAKE_ARGS
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-native bench build lint clean
+
+help:           ## list these commands
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: build     ## set everything up and show what the library is for (MODEL=path.gguf for your own model)
+	$(PY) -m llamacancel demo $(if $(MODEL),--model $(MODEL))
+
+test: build test-native  ## set everything up and run all tests
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-native:    ## test the cancel core alone: plain, under ASan and UBSan, under TSan
+	tests/native/run.sh
+
+bench: build    ## measure; the report and the plot go to benchmarks/results
+	$(PY) -m benchmarks $(BENCH_ARGS)
+
+build: $(VENV)/.built ## build the extension (about two minutes the first time) and install it for development
+
+# Rebuilt when a native source changed; Python sources are used in place.
+NATIVE := $(wildcard src/llamacancel/*.pyx src/llamacancel/*.pxd src/llamacancel/_lib/* src/llamacancel/_native/*) \
+          CMakeLists.txt cmake/llama.cmake pyproject.toml vendor/llama.cpp.lock.json
+
+$(VENV)/.built: $(VENV)/.tools $(NATIVE)
+	@echo "llamacancel: building the extension; llama.cpp takes a few minutes the first time"
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test]'
+	@touch $@
+
+$(VENV)/.tools: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("llamacancel needs Python 3.10 or later, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	@command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "llamacancel needs a C++ compiler (g++ or clang++): install one first" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check 'scikit-build-core>=0.11' 'cython>=3.1' 'cython-cmake>=0.2' 'cmake>=3.21' ninja
+	@touch $@
+
+lint: build     ## what a reviewer's tools would say
+	$(PY) -m pip install --quiet ruff cython-lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/cython-lint --max-line-length 120 src/llamacancel/*.pyx
+	$(PY) -m mypy
+
+clean:          ## remove everything that was built, and the environment
+	rm -rf build $(VENV) dist

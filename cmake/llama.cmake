@@ -1,0 +1,38 @@
+# llama.cpp as a static library, `llamacancel_llama`, with the backends that GGML_* options ask for.
+#
+#   -DLLAMACANCEL_LLAMA_DIR=DIR   build from this checkout instead of vendor/llama.cpp
+#   -DGGML_NATIVE=OFF             portable code for the instruction sets that ggml's GGML_AVX2, ... name
+#   -DGGML_CUDA=ON, -DGGML_METAL=ON, -DGGML_VULKAN=ON, -DGGML_RPC=ON
+
+set(LLAMACANCEL_LLAMA_DIR "" CACHE PATH "llama.cpp checkout to build from (empty: vendor/llama.cpp)")
+set(llama_dir ${LLAMACANCEL_LLAMA_DIR})
+if(NOT llama_dir)
+    set(llama_dir ${CMAKE_CURRENT_SOURCE_DIR}/vendor/llama.cpp)
+    execute_process(
+        COMMAND ${Python_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/vendor/fetch.py --dest ${llama_dir}
+        RESULT_VARIABLE fetched)
+    if(NOT fetched EQUAL 0)
+        message(FATAL_ERROR "llama.cpp could not be fetched; the lines above say why.")
+    endif()
+endif()
+if(NOT EXISTS ${llama_dir}/include/llama.h)
+    message(FATAL_ERROR "LLAMACANCEL_LLAMA_DIR=${llama_dir} holds no llama.cpp (include/llama.h is missing)")
+endif()
+
+set(BUILD_SHARED_LIBS OFF)
+foreach(part COMMON TESTS TOOLS EXAMPLES SERVER APP)
+    set(LLAMA_BUILD_${part} OFF CACHE BOOL "" FORCE)
+endforeach()
+set(LLAMA_OPENSSL OFF CACHE BOOL "" FORCE)
+
+# An assertion of ggml's that fails on our thread is turned into an exception (see _native/guard.cpp),
+# which has to pass through ggml's C frames.
+if(NOT MSVC)
+    add_compile_options($<$<COMPILE_LANGUAGE:C>:-fexceptions>)
+endif()
+add_subdirectory(${llama_dir} ${CMAKE_CURRENT_BINARY_DIR}/llama.cpp EXCLUDE_FROM_ALL)
+
+add_library(llamacancel_llama INTERFACE)
+target_link_libraries(llamacancel_llama INTERFACE llama)
+# The guarded decode reads llama.cpp's memory classes, which its public header does not declare.
+target_include_directories(llamacancel_llama SYSTEM INTERFACE ${llama_dir}/src)

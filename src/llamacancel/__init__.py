@@ -1,0 +1,65 @@
+"""Cancel llama.cpp work exactly and at once.
+
+A cancel reaches the work that was given its token, and leaves everything else as if nothing had happened. The
+README tells what is promised and how it is tested.
+"""
+
+from . import _library as _library
+from ._cancel import CancelToken, Cause
+from ._context import Context
+from ._llama import build_info
+from ._model import LoraAdapter, Model
+from ._params import LatencyPlan
+from ._sampler import Sampler
+from .batch import Batch
+from .errors import (
+    ClosedError,
+    ContextBusyError,
+    ContextError,
+    DeadlineExceeded,
+    DecodeCancelled,
+    DecodeFailedError,
+    DirtySequenceError,
+    InvalidBatchError,
+    LlamaCancelError,
+    LoadCancelled,
+    LoadDeadlineExceeded,
+    MemoryFullError,
+    ModelLoadError,
+    QueueFullError,
+    SequenceOutcome,
+    StateError,
+)
+from .outcome import DecodeResult
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "CancelToken",
+    "Cause",
+    "ClosedError",
+    "Context",
+    "ContextBusyError",
+    "ContextError",
+    "DeadlineExceeded",
+    "DecodeCancelled",
+    "DecodeFailedError",
+    "DecodeResult",
+    "DirtySequenceError",
+    "InvalidBatchError",
+    "LatencyPlan",
+    "LlamaCancelError",
+    "LoadCancelled",
+    "LoadDeadlineExceeded",
+    "LoraAdapter",
+    "MemoryFullError",
+    "Model",
+    "ModelLoadError",
+    "QueueFullError",
+    "Sampler",
+    "SequenceOutcome",
+    "StateError",
+    "__version__",
+    "build_info",
+]

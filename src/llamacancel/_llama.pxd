@@ -1,0 +1,22 @@
+from libcpp.string cimport string
+
+from ._lib.box cimport Call
+from ._lib.token cimport Verdict
+
+
+cdef class Interrupt:
+    cdef object error        # what a signal handler raised in the middle of the call; None if none did
+    cdef bint armed          # on the main thread: the wakeup fd is ours for the life of this object
+    cdef int previous_fd     # whose it was before
+    cdef bytearray received  # signal numbers to pass on to it
+
+    cdef int arm(self) except -1
+    cdef void collect(self)
+
+cdef Interrupt watch_signals(Call & call)
+cdef int drain_log() except -1
+cdef int enter_process() except -1
+cdef int check_process(int pid, str what) except -1
+cdef raise_cancelled(str what, Call & call, Interrupt interrupt, kind=*)
+cdef error_of(str what, const Verdict & verdict, kind=*)
+cdef str text_of(const string & message)

@@ -1,0 +1,210 @@
+# distutils: language = c++
+"""What every module of this library shares: the log, Ctrl-C, fork, and what a stopped call raises.
+
+This extension is the only one that links llama.cpp. `_model`, `_context`, `_memory` and `_sampler` are compiled into the
+same file, so that ggml's globals exist once; `_library` imports them from it.
+"""
+
+import atexit
+import logging
+import os
+import signal
+import threading
+
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.pythread cimport PyThread_get_thread_ident
+from libcpp cimport bool as cbool
+from posix.unistd cimport getpid, read, write
+
+from ._lib.box cimport LogLine, begin_exit, initialize, next_log_line
+from ._lib.llama cimport *
+from ._lib.token cimport now_ns
+
+from ._cancel import Cause
+from .errors import ClosedError
+from .outcome import cancelled_error
+
+initialize()
+
+
+# ---- log -------------------------------------------------------------------------------------------------
+
+_logger = logging.getLogger("llamacancel.llama")
+_logger.addHandler(logging.NullHandler())
+cdef dict _LEVELS = {
+    GGML_LOG_LEVEL_DEBUG: logging.DEBUG,
+    GGML_LOG_LEVEL_INFO: logging.INFO,
+    GGML_LOG_LEVEL_WARN: logging.WARNING,
+    GGML_LOG_LEVEL_ERROR: logging.ERROR,
+}
+
+
+cdef int drain_log() except -1:
+    """Hands what llama.cpp logged to Python's logging. Called at the end of native calls, with the GIL."""
+    cdef LogLine line
+    while next_log_line(line):
+        text = line.text.decode("utf-8", "replace").rstrip()
+        if text:
+            _logger.log(_LEVELS.get(line.level, logging.DEBUG), "%s", text)
+    return 0
+
+
+@atexit.register
+def _exit():
+    """Daemon threads may be in the middle of a native call: they are stopped before the process goes down."""
+    with nogil:
+        begin_exit(10.0)
+    drain_log()
+
+
+def build_info():
+    """How the library was built: llama.cpp's version, its CPU features, and the devices that it sees.
+
+    Returns:
+        A dict: llama_cpp, system, gpu_offload, rpc, devices (each with name, description, memory in bytes).
+    """
+    cdef size_t free, total
+    devices = []
+    for i in range(ggml_backend_dev_count()):
+        device = ggml_backend_dev_get(i)
+        ggml_backend_dev_memory(device, &free, &total)
+        devices.append({
+            "name": ggml_backend_dev_name(device).decode("utf-8", "replace"),
+            "description": ggml_backend_dev_description(device).decode("utf-8", "replace"),
+            "memory": total,
+        })
+    return {
+        "llama_cpp": llama_version().decode("utf-8", "replace"),
+        "system": llama_print_system_info().decode("utf-8", "replace"),
+        "gpu_offload": llama_supports_gpu_offload(),
+        "rpc": llama_supports_rpc(),
+        "devices": devices,
+    }
+
+
+# ---- Ctrl-C, fork ----------------------------------------------------------------------------------------
+
+cdef extern from "poll.h" nogil:
+    struct pollfd:
+        int fd
+        short events
+    int POLLIN
+    int poll(pollfd * fds, unsigned long n, int timeout)
+
+
+cdef unsigned long _main_thread = threading.main_thread().ident
+cdef int _wakeup_read = -1   # a pipe, made when the first call needs it: Python's C-level signal handler
+cdef int _wakeup_write = -1  # writes to it, so that a signal is known of without asking for the GIL
+
+
+def _after_fork_in_child():
+    global _main_thread, _wakeup_read, _wakeup_write
+    _main_thread = threading.main_thread().ident
+    if _wakeup_read >= 0:  # shared with the parent
+        os.close(_wakeup_read)
+        os.close(_wakeup_write)
+        _wakeup_read = _wakeup_write = -1
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+cdef class Interrupt:
+    """Runs Python's signal handlers in the middle of a native call, and keeps what one of them raised."""
+
+    cdef int arm(self) except -1:
+        global _wakeup_read, _wakeup_write
+        if _wakeup_read < 0:
+            reader, writer = os.pipe()
+            os.set_blocking(reader, False)
+            os.set_blocking(writer, False)
+            _wakeup_read, _wakeup_write = reader, writer
+        self.received = bytearray()
+        self.previous_fd = signal.set_wakeup_fd(_wakeup_write, warn_on_full_buffer=False)
+        self.armed = True
+        return 0
+
+    def __dealloc__(self):
+        if self.armed:
+            self.collect()
+            signal.set_wakeup_fd(self.previous_fd)
+            if self.received and self.previous_fd >= 0 and self.previous_fd != _wakeup_write:
+                write(self.previous_fd, <char *> self.received, len(self.received))
+
+    cdef void collect(self):
+        cdef char buffer[64]
+        cdef ssize_t n = read(_wakeup_read, buffer, sizeof(buffer))
+        if n > 0:
+            self.received += buffer[:n]
+
+
+cdef cbool _check_signals(void * arg) noexcept nogil:
+    cdef pollfd waiting
+    waiting.fd = _wakeup_read
+    waiting.events = POLLIN
+    return poll(&waiting, 1, 0) > 0 and _run_handlers(arg)
+
+
+# A function of its own: Cython takes the GIL on entry, and the check above must not.
+cdef cbool _run_handlers(void * arg) noexcept with gil:
+    (<Interrupt> arg).collect()
+    try:
+        PyErr_CheckSignals()
+    except BaseException as error:
+        (<Interrupt> arg).error = error
+        return True
+    return False
+
+
+cdef Interrupt watch_signals(Call & call):
+    """On the main thread, makes the call look for signals; elsewhere Python runs no handlers."""
+    cdef Interrupt interrupt = Interrupt()
+    if PyThread_get_thread_ident() == _main_thread:
+        interrupt.arm()
+        call.set_interrupt(_check_signals, <void *> interrupt)
+    return interrupt
+
+
+cdef int _computed_in = 0  # the process in which llama.cpp last computed: its threads do not survive a fork
+
+
+cdef int enter_process() except -1:
+    """Refuses to compute in a child that was forked from a process that has computed."""
+    global _computed_in
+    cdef int pid = getpid()
+    if _computed_in != 0 and _computed_in != pid:
+        raise ClosedError(
+            f"process {pid} was forked from {_computed_in}, where llama.cpp was at work: its threads did not come "
+            "along. Start workers with multiprocessing's 'spawn', or fork before the first load.")
+    _computed_in = pid
+    return 0
+
+
+# ---- verdicts to exceptions ------------------------------------------------------------------------------
+
+cdef tuple _CAUSES = (None, Cause.CLIENT, Cause.DEADLINE, Cause.INTERRUPT, Cause.SHUTDOWN)
+
+
+cdef raise_cancelled(str what, Call & call, Interrupt interrupt, kind=None):
+    """Raises what stopped a call that has no sequences to tell of."""
+    if call.stopped_by_interrupt():
+        raise interrupt.error from cancelled_error(what, Cause.INTERRUPT, "", 0.0, kind=kind)
+    cdef const Verdict * verdict = call.first_verdict()
+    raise error_of(what, verdict[0], kind)
+
+
+cdef error_of(str what, const Verdict & verdict, kind=None):
+    cdef double latency = (now_ns() - verdict.at_ns) * 1e-9
+    cause = _CAUSES[<int> verdict.cause]
+    return cancelled_error(what, cause, verdict.reason.decode("utf-8", "replace"), latency, kind=kind)
+
+
+cdef str text_of(const string & message):
+    return message.decode("utf-8", "replace").strip()
+
+
+cdef int check_process(int pid, str what) except -1:
+    """Refuses an object that belongs to the process from which this one was forked."""
+    if pid != getpid():
+        raise ClosedError(f"{what} belongs to process {pid}, from which this one was forked: make a new one")
+    return 0

@@ -1,0 +1,258 @@
+# distutils: language = c++
+"""What a context holds of its sequences: `context.memory`, and saving it: `context.state`."""
+
+import os
+import struct
+import tempfile
+import zlib
+
+cimport cython
+from libc.stddef cimport size_t
+from libc.stdint cimport uint8_t
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+from ._cancel cimport state_of
+from ._context cimport Context
+from ._lib.box cimport Call, ContextBox, Status, name_of
+from ._lib.llama cimport llama_model_n_layer, llama_model_n_params, llama_pos, llama_seq_id
+from ._llama cimport Interrupt, drain_log, raise_cancelled, text_of, watch_signals
+from ._model cimport Model
+
+from . import _params
+from ._context import _register
+from .errors import ContextError, StateError
+
+
+@cython.final
+cdef class Memory:
+    """What a context holds of its sequences: `context.memory`."""
+    cdef Context context
+
+    def __init__(self, Context context not None):
+        self.context = context
+
+    cdef ContextBox * _enter(self, str what, seq_ids) except NULL:
+        self.context._acquire(NULL, None, what)
+        cdef ContextBox * box = self.context.box.get()
+        try:
+            if box.memory().memory == NULL:
+                raise ContextError("the model is an encoder: its contexts have no memory")
+            for seq_id in seq_ids:
+                self.context._check_seq(seq_id)
+        except BaseException:
+            box.release()
+            raise
+        return box
+
+    def clear(self):
+        """Forget all sequences."""
+        box = self._enter("clear", ())
+        with nogil:
+            box.clear()
+            box.release()
+
+    def remove(self, seq_id, p0=0, p1=-1):
+        """Forget positions p0 to p1 (without it; negative: the end) of a sequence.
+
+        Returns:
+            False, with nothing changed, if that cannot be done: part of a recurrent state, or so much of a
+            sliding window that what is left could not be continued. A whole sequence can always be removed.
+        """
+        cdef llama_pos first = _params.integer("p0", p0, -2**31, 2**31 - 1)
+        cdef llama_pos last = _params.integer("p1", p1, -2**31, 2**31 - 1)
+        box = self._enter("remove", (seq_id,))
+        try:
+            return box.remove(seq_id, first, last)
+        finally:
+            box.release()
+
+    def copy(self, src, dst, p0=0, p1=-1):
+        """Give sequence `dst` the positions p0 to p1 of `src` (negative: the end), without computing them again.
+
+        Raises:
+            ValueError: If this memory cannot share that part, or `dst` holds other positions.
+            DirtySequenceError: If `src` or `dst` is dirty.
+        """
+        cdef llama_pos first = _params.integer("p0", p0, -2**31, 2**31 - 1)
+        cdef llama_pos last = _params.integer("p1", p1, -2**31, 2**31 - 1)
+        box = self._enter("copy", (src, dst))
+        try:
+            dirty = [seq for seq in (src, dst) if box.dirty().count(seq)]
+            if dirty:
+                self.context._raise_dirty(dirty)
+            problem = box.copy(src, dst, first, last)
+            if not problem.empty():
+                raise ValueError(text_of(problem))
+        finally:
+            box.release()
+
+    def keep(self, seq_id):
+        """Forget all sequences but one."""
+        box = self._enter("keep", (seq_id,))
+        try:
+            box.keep(seq_id)
+        finally:
+            box.release()
+
+    def pos_min(self, seq_id):
+        """The smallest position held of a sequence; -1 if none is."""
+        box = self._enter("pos_min", (seq_id,))
+        try:
+            return box.memory().pos_min(seq_id)
+        finally:
+            box.release()
+
+    def pos_max(self, seq_id):
+        """The largest position held of a sequence; -1 if none is."""
+        box = self._enter("pos_max", (seq_id,))
+        try:
+            return box.memory().pos_max(seq_id)
+        finally:
+            box.release()
+
+    @property
+    def kind(self):
+        """How the context remembers: "attention", "sliding_window", "recurrent", "hybrid", "none", ..."""
+        self.context._check_open()
+        return name_of(self.context.box.get().memory().kind).decode()
+
+    def __repr__(self):
+        return f"<Memory of {self.context!r}>"
+
+
+_STATE_MAGIC = b"lcstate1"
+_STATE_HEADER = struct.Struct("<8sIIQ")  # magic, length of the context's description, CRC-32 and size of the data
+_FILE_PIECE = 16 << 20
+
+
+@cython.final
+cdef class State:
+    """Saving and loading the state of single sequences: `context.state`."""
+    cdef Context context
+
+    def __init__(self, Context context not None):
+        self.context = context
+
+    cdef bytes _description(self):
+        """What two contexts must have in common for the state of one to be of use in the other."""
+        cdef Model model = self.context.model
+        native = model.box.get()
+        return (f"{model._path and os.path.basename(model._path)} {llama_model_n_params(native.get())} "
+                f"{llama_model_n_layer(native.get())} {Memory(self.context).kind}").encode()
+
+    def save(self, seq_id=0, token=None):
+        """The state of a sequence as bytes, for `load` in a context of the same model.
+
+        Raises:
+            DecodeCancelled: If `token` was cancelled first.
+            DirtySequenceError: If the sequence is dirty.
+        """
+        cdef Call call = Call(state_of(token))
+        cdef Interrupt interrupt = watch_signals(call)
+        cdef vector[uint8_t] data
+        cdef string message
+        cdef Status status
+        cdef ContextBox * box = self._enter(&call, interrupt, seq_id, "saving a state")
+        cdef llama_seq_id seq = seq_id
+        try:
+            if box.dirty().count(seq):
+                self.context._raise_dirty([seq])
+            with nogil:
+                status = box.save_state(seq, call, data, message)
+        finally:
+            box.release()
+        drain_log()
+        if status == Status.Cancelled:
+            raise_cancelled("saving a state", call, interrupt)
+        if status != Status.Done:
+            raise StateError(f"the state cannot be saved: {text_of(message)}")
+        about = self._description()
+        payload = data.data()[:data.size()] if data.size() else b""
+        return _STATE_HEADER.pack(_STATE_MAGIC, len(about), zlib.crc32(payload), data.size()) + about + payload
+
+    def load(self, seq_id, data, token=None):
+        """Replace what the context holds of a sequence by a saved state.
+
+        Raises:
+            StateError: If `data` is damaged, belongs to another model, or does not fit. Nothing was changed.
+            DecodeCancelled: If `token` was cancelled first. Nothing was changed.
+        """
+        buffer = memoryview(data).cast("B")
+        if len(buffer) < _STATE_HEADER.size:
+            raise StateError(f"{len(buffer)} bytes are no saved state")
+        magic, n_about, checksum, size = _STATE_HEADER.unpack_from(buffer)
+        if magic != _STATE_MAGIC or len(buffer) != _STATE_HEADER.size + n_about + size:
+            raise StateError("the bytes are no saved state, or part of one")
+        self.context._check_open()
+        about = bytes(buffer[_STATE_HEADER.size : _STATE_HEADER.size + n_about])
+        if about != self._description():
+            raise StateError(f"the state was saved for {about.decode('utf-8', 'replace')!r}, "
+                             f"this is {self._description().decode('utf-8', 'replace')!r}")
+        payload = buffer[_STATE_HEADER.size + n_about :]
+        if zlib.crc32(payload) != checksum:
+            raise StateError("the state was damaged: its checksum is wrong")
+
+        cdef Call call = Call(state_of(token))
+        cdef Interrupt interrupt = watch_signals(call)
+        cdef const uint8_t[::1] view = payload
+        cdef const uint8_t * begin = &view[0] if size else NULL
+        cdef size_t n = size
+        cdef string message
+        cdef Status status
+        cdef ContextBox * box = self._enter(&call, interrupt, seq_id, "loading a state")
+        cdef llama_seq_id seq = seq_id
+        try:
+            with nogil:
+                status = box.load_state(seq, begin, n, call, message)
+        finally:
+            box.release()
+        drain_log()
+        if status == Status.Cancelled:
+            raise_cancelled("loading a state", call, interrupt)
+        if status != Status.Done:
+            raise StateError(f"the state cannot be loaded: {text_of(message)}")
+
+    def save_file(self, path, seq_id=0, token=None):
+        """Save a sequence's state to a file, which appears whole or not at all. As `save`."""
+        data = memoryview(self.save(seq_id, token))
+        folder = os.path.dirname(os.path.abspath(os.fspath(path)))
+        handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
+        try:
+            with open(handle, "wb") as file:
+                for start in range(0, len(data), _FILE_PIECE):
+                    if token is not None:
+                        token.raise_if_cancelled()
+                    file.write(data[start : start + _FILE_PIECE])
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
+
+    def load_file(self, path, seq_id=0, token=None):
+        """Load a sequence's state from a file. As `load`."""
+        pieces = bytearray()
+        with open(path, "rb") as file:
+            while piece := file.read(_FILE_PIECE):
+                if token is not None:
+                    token.raise_if_cancelled()
+                pieces += piece
+        self.load(seq_id, pieces, token)
+
+    cdef ContextBox * _enter(self, Call * call, Interrupt interrupt, seq_id, str what) except NULL:
+        self.context._acquire(call, interrupt, what)
+        cdef ContextBox * box = self.context.box.get()
+        try:
+            if box.memory().memory == NULL:
+                raise ContextError("the model is an encoder: its contexts have no state")
+            self.context._check_seq(seq_id)
+        except BaseException:
+            box.release()
+            raise
+        return box
+
+    def __repr__(self):
+        return f"<State of {self.context!r}>"
+
+
+_register(Memory, State)

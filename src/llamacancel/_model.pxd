@@ -1,0 +1,26 @@
+cimport cython
+from libcpp.memory cimport shared_ptr
+
+from ._lib.box cimport ModelBox
+from ._lib.llama cimport llama_adapter_lora, llama_model, llama_vocab
+
+
+@cython.final
+cdef class Model:
+    cdef object __weakref__
+    cdef shared_ptr[ModelBox] box  # shared with contexts and adapters; null once closed
+    cdef int pid                   # the process that loaded it
+    cdef object _path
+    cdef object _metadata
+
+    cdef int _check_open(self) except -1
+    cdef const llama_vocab * _vocab(self) except NULL
+    cdef llama_model * _native(self) except NULL
+    cdef int _check_tokens(self, values) except -1
+
+
+@cython.final
+cdef class LoraAdapter:
+    cdef shared_ptr[ModelBox] box     # the model, which owns the adapter
+    cdef llama_adapter_lora * native  # freed by llama.cpp with the model
+    cdef object _path

@@ -1,0 +1,185 @@
+// The owning boxes of a model and of a context with its guarded decode.
+//
+// A box holds its parent's handle: whoever has a ContextBox has a valid model. Implemented in model.cpp,
+// context.cpp (use, checks, memory operations), decode.cpp and state.cpp; DESIGN.md beside this file
+// tells how a call is run, stopped and repaired.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "call.hpp"
+#include "cut.hpp"
+#include "guard.hpp"
+#include "llama.h"
+#include "memory.hpp"
+#include "outputs.hpp"
+
+namespace llamacancel {
+
+// ---- model -----------------------------------------------------------------------------------------------
+
+// What a native operation came to; `message` says what was wrong, in one line.
+enum class Status : uint8_t { Done, Cancelled, Invalid, Full, Failed, Dirty, Busy };
+
+class ModelBox {
+public:
+    // Loads under `call`; `progress`, if any, is called with a share of 0 to 1 and stops the load by returning false.
+    static Status load(const std::string & path, llama_model_params params, Call & call, llama_progress_callback progress,
+                       void * progress_arg, std::shared_ptr<ModelBox> & box, std::string & message);
+    ~ModelBox();
+    ModelBox(const ModelBox &) = delete;
+    ModelBox & operator=(const ModelBox &) = delete;
+
+    llama_model * get() const noexcept { return model_; }
+    const llama_vocab * vocab() const noexcept { return llama_model_get_vocab(model_); }
+    bool on_cpu() const noexcept { return on_cpu_; }
+    MemoryKind memory_kind() const noexcept { return memory_kind_; }  // of its contexts
+    uint32_t positions_per_embd() const noexcept;  // more than one for M-RoPE
+    bool has_weights() const noexcept;             // false if loaded with vocab_only
+    bool causal() const noexcept;                  // false for encoders, whose batches are computed in one piece
+
+    // Tokens of `text`, or the text of tokens; Status::Failed with a message where the vocabulary cannot.
+    Status tokenize(const std::string & text, bool add_special, bool parse_special, std::vector<llama_token> & tokens,
+                    std::string & message) const;
+    Status detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special, std::string & text,
+                      std::string & message) const;
+    std::string piece(llama_token token, bool special) const;
+
+    // A LoRA adapter, which lives as long as the model; null with a message if the file is none for it.
+    llama_adapter_lora * load_adapter(const std::string & path, std::string & message);
+
+    // llama_init_from_model(), which for YaRN writes into the model: that is undone, and contexts are made one by one.
+    llama_context * make_context(const llama_context_params & params);
+
+    // Measured on first use for a number of threads, so that all contexts of a model are cut alike.
+    NodeCost node_cost(int32_t n_threads);
+
+private:
+    ModelBox(llama_model * model, bool on_cpu) : model_(model), on_cpu_(on_cpu) {}
+
+    // Makes a small context and looks at its graph, for what the kernels would end the process on.
+    std::string try_out();
+
+    llama_model * model_;
+    const bool on_cpu_;
+    MemoryKind memory_kind_ = MemoryKind::None;
+    std::mutex making_;  // held while a context is made
+    std::mutex cost_mutex_;
+    std::map<int32_t, NodeCost> cost_;
+};
+
+// Looks at a GGUF file before llama.cpp does: what would end the process there is said here. "" if sound.
+std::string check_gguf(const std::string & path, bool adapter);
+
+// ---- context ---------------------------------------------------------------------------------------------
+
+enum class OnCancel : uint8_t { Rollback, Keep };
+enum class SequenceState : uint8_t { Completed, RolledBack, Kept, Dirty };
+
+using SequenceTokens = std::map<llama_seq_id, TokenState::Ptr>;
+
+// The call of a batch whose sequences have tokens of their own. A row is cancelled when all its sequences are;
+// a row with a sequence that has no token never is.
+Call shared_call(const BatchView & batch, const SequenceTokens & tokens, AbortWhen when);
+
+struct SequenceResult {
+    llama_seq_id seq;
+    SequenceState state;
+    llama_pos start;  // of its first row in the batch
+    llama_pos end;    // follows the last position that the context holds
+    bool cancelled;   // its own token was cancelled
+};
+
+struct DecodeReport {
+    Status status = Status::Done;
+    std::string message;
+    std::vector<SequenceResult> sequences;
+    std::vector<llama_seq_id> seq_ids;  // those that `message` speaks of
+    int32_t rows_done = 0;              // rows that the context holds now
+    int32_t n_ubatches = 0;             // computed, the one that was stopped included
+    size_t snapshot_bytes = 0;          // saved for the rollback
+    double repair_seconds = 0;
+    double seconds = 0;
+    Verdict verdict;           // of a cancelled call
+    double latency = 0;        // seconds from the cancel to the end of the repair
+    bool interrupted = false;  // stopped by the interrupt hook, not by a token
+};
+
+class ContextBox {
+public:
+    static std::shared_ptr<ContextBox> make(std::shared_ptr<ModelBox> model, llama_context_params params, const Cut & cut,
+                                            std::string & message);
+    ~ContextBox();
+    ContextBox(const ContextBox &) = delete;
+    ContextBox & operator=(const ContextBox &) = delete;
+
+    // One call at a time. With a call that can be cancelled, waits for its turn until then; else
+    // Status::Busy at once. A thread that holds the context already gets Busy, too. After Status::Done
+    // the caller owes a release().
+    Status acquire(Call * call);
+    void release() noexcept;
+
+    // All of these want the context acquired.
+
+    // Says what is wrong with the batch, or "" if llama.cpp can take it.
+    std::string check(const BatchView & batch, bool encoding) const;
+    std::vector<llama_seq_id> dirty_among(const BatchView & batch) const;
+
+    // `tokens`: those of single sequences, in a batch that several requests share. Their rows are dropped
+    // when they are cancelled and the call goes on.
+    DecodeReport decode(const BatchView & batch, Call & call, const SequenceTokens & tokens, OnCancel on_cancel);
+    DecodeReport encode(const BatchView & batch, Call & call);
+    int32_t decode_bare(const BatchView & batch);  // llama_decode() itself, for comparison
+
+    bool remove(llama_seq_id seq, llama_pos p0, llama_pos p1);
+    std::string copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1);
+    void keep(llama_seq_id seq);
+    void clear();
+
+    // The state of one sequence as bytes, and back; polls `call` between tensors. A load that fails or is
+    // cancelled leaves the sequence as it was.
+    Status save_state(llama_seq_id seq, Call & call, std::vector<uint8_t> & bytes, std::string & message);
+    Status load_state(llama_seq_id seq, const uint8_t * bytes, size_t size, Call & call, std::string & message);
+
+    llama_context * get() const noexcept { return ctx_; }
+    const Memory & memory() const noexcept { return memory_; }
+    const Cut & cut() const noexcept { return cut_; }
+    const Outputs & outputs() const noexcept { return outputs_; }
+    const std::set<llama_seq_id> & dirty() const noexcept { return dirty_; }
+    bool pooled() const noexcept;
+    bool output_all() const noexcept { return output_all_; }
+    const std::shared_ptr<ModelBox> & model() const noexcept { return model_; }
+
+private:
+    ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, const Cut & cut, bool output_all);
+
+    class Run;
+
+    // Destroyed from the last to the first: the context before its slot, both before the model.
+    const std::shared_ptr<ModelBox> model_;
+    CallSlot slot_;
+    llama_context * const ctx_;
+    const Cut cut_;
+    const bool output_all_;
+    const Memory memory_;
+    Journal journal_;
+    Outputs outputs_;
+    int32_t reserved_outputs_ = 0;  // for which llama.cpp's buffer has room
+    std::set<llama_seq_id> dirty_;
+    bool encoded_ = false;  // an encoder's output is there for the decoder
+    std::string broken_;    // the assertion of llama.cpp's that failed in here; "" if none did
+
+    std::mutex use_mutex_;
+    std::condition_variable free_;
+    std::thread::id user_;
+};
+
+}  // namespace llamacancel

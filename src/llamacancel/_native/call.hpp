@@ -1,0 +1,152 @@
+// One native call under its tokens, and the slot through which llama.cpp asks whether to go on.
+//
+// A slot lives as long as its context and is registered once as the abort callback's data. Each call
+// arms it with its own Call and disarms it on the way out, so a cancel can reach no other call.
+#pragma once
+
+#include <algorithm>
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "token.hpp"
+
+namespace llamacancel {
+
+enum class AbortWhen : uint8_t { All, Majority, Any };
+
+// Asked on the calling thread at most every `kHookInterval`; true stops the call. Used for Ctrl-C.
+using InterruptHook = bool (*)(void *);
+constexpr int64_t kHookInterval = 50'000'000;
+
+class Call {
+public:
+    // Rows of the batch, and the token that speaks for them: all of them, where the rows belong to several.
+    struct Watch {
+        TokenState::Ptr token;
+        uint32_t rows;
+        std::vector<TokenState::Ptr> also = {};
+
+        bool cancelled() const noexcept {
+            if (!token->poll()) {
+                return false;
+            }
+            for (const TokenState::Ptr & other : also) {
+                if (!other->poll()) {
+                    return false;
+                }
+            }
+            return true;
+        }
+    };
+
+    Call() = default;
+
+    // One token for the whole call, or none.
+    explicit Call(TokenState::Ptr token) {
+        if (token) {
+            watches_.push_back({std::move(token), 1, {}});
+        }
+    }
+
+    // A token for each group of rows; rows in no group are never cancelled.
+    Call(std::vector<Watch> watches, uint32_t rows, AbortWhen when)
+        : watches_(std::move(watches)),
+          rows_needed_(when == AbortWhen::Any ? 1 : when == AbortWhen::Majority ? rows / 2 + 1 : std::max(rows, 1u)) {}
+
+    Call(Call &&) = default;
+    Call & operator=(Call &&) = default;
+
+    void set_interrupt(InterruptHook hook, void * arg) noexcept {
+        hook_ = hook;
+        hook_arg_ = arg;
+        next_hook_ns_ = now_ns() + kHookInterval;
+    }
+
+    // True once the call is to stop, and from then on. Called on the calling thread only, without the GIL.
+    bool should_stop() noexcept {
+        if (stopped_) {
+            return true;
+        }
+        uint32_t rows = 0;
+        for (const Watch & watch : watches_) {
+            if (watch.cancelled()) {
+                rows += watch.rows;
+            }
+        }
+        stopped_ = rows >= rows_needed_ || (hook_ && interrupted());
+        return stopped_;
+    }
+
+    const bool & stopped() const noexcept { return stopped_; }
+    bool stopped_by_interrupt() const noexcept { return interrupted_; }
+    int64_t interrupted_at_ns() const noexcept { return interrupted_at_ns_; }
+    const std::vector<Watch> & watches() const noexcept { return watches_; }
+
+    // The verdict that came first among the cancelled tokens; nullptr if none is cancelled.
+    const Verdict * first_verdict() const noexcept {
+        const Verdict * first = nullptr;
+        const auto look = [&](const TokenState::Ptr & token) {
+            if (token->poll() && (!first || token->verdict().at_ns < first->at_ns)) {
+                first = &token->verdict();
+            }
+        };
+        for (const Watch & watch : watches_) {
+            look(watch.token);
+            std::for_each(watch.also.begin(), watch.also.end(), look);
+        }
+        return first;
+    }
+
+private:
+    bool interrupted() noexcept {
+        const int64_t now = now_ns();
+        if (now >= next_hook_ns_) {
+            interrupted_ = hook_(hook_arg_);
+            interrupted_at_ns_ = now_ns();
+            next_hook_ns_ = interrupted_at_ns_ + kHookInterval;
+        }
+        return interrupted_;
+    }
+
+    std::vector<Watch> watches_;
+    uint32_t rows_needed_ = 1;
+    bool stopped_ = false;
+    bool interrupted_ = false;
+    int64_t interrupted_at_ns_ = 0;  // when the hook last returned
+    InterruptHook hook_ = nullptr;
+    void * hook_arg_ = nullptr;
+    int64_t next_hook_ns_ = kNever;
+};
+
+class CallSlot {
+public:
+    CallSlot() = default;
+    CallSlot(const CallSlot &) = delete;
+    CallSlot & operator=(const CallSlot &) = delete;
+
+    // Arms the slot for the life of this object. Calls of one context do not overlap.
+    class Armed {
+    public:
+        Armed(CallSlot & slot, Call & call) noexcept : slot_(slot) { slot_.call_.store(&call, std::memory_order_release); }
+        ~Armed() { slot_.call_.store(nullptr, std::memory_order_release); }
+        Armed(const Armed &) = delete;
+        Armed & operator=(const Armed &) = delete;
+
+    private:
+        CallSlot & slot_;
+    };
+
+    // The abort callback: true stops the graph. `data` is the slot.
+    static bool trampoline(void * data) noexcept {
+        Call * const call = static_cast<CallSlot *>(data)->call_.load(std::memory_order_acquire);
+        return call && call->should_stop();
+    }
+
+private:
+    std::atomic<Call *> call_{nullptr};
+};
+
+}  // namespace llamacancel

@@ -1,0 +1,265 @@
+#include <algorithm>
+#include <chrono>
+
+#include "box.hpp"
+#include "llama-context.h"
+#include "llama-kv-cache.h"
+
+namespace llamacancel {
+
+std::shared_ptr<ContextBox> ContextBox::make(std::shared_ptr<ModelBox> model, llama_context_params params, const Cut & cut,
+                                             std::string & message) {
+    clear_errors();
+    try {
+        AssertionGuard guard;
+        params.n_ubatch = cut.n_ubatch;
+        if (llama_context * ctx = model->make_context(params)) {
+            return std::shared_ptr<ContextBox>(new ContextBox(std::move(model), ctx, cut, params.embeddings));
+        }
+        message = last_errors();
+    } catch (const std::exception & error) {
+        message = error.what();
+    }
+    return nullptr;
+}
+
+ContextBox::ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, const Cut & cut, bool output_all)
+    : model_(std::move(model)),
+      ctx_(ctx),
+      cut_(cut),
+      output_all_(output_all),
+      memory_(llama_get_memory(ctx), output_all),
+      journal_(memory_) {
+    llama_set_abort_callback(
+        ctx_, [](void * slot) { return CallSlot::trampoline(slot) || exiting(); }, &slot_);
+}
+
+ContextBox::~ContextBox() { llama_free(ctx_); }
+
+bool ContextBox::pooled() const noexcept {
+    return output_all_ && llama_pooling_type(ctx_) != LLAMA_POOLING_TYPE_NONE;
+}
+
+// ---- one call at a time ----------------------------------------------------------------------------------
+
+Status ContextBox::acquire(Call * call) {
+    const std::thread::id me = std::this_thread::get_id();
+    std::unique_lock<std::mutex> lock(use_mutex_);
+    while (user_ != std::thread::id()) {
+        if (!call || call->watches().empty() || user_ == me) {
+            return Status::Busy;
+        }
+        // Unlocked: on the main thread the call may want the GIL, which another thread may hold in release().
+        lock.unlock();
+        const bool stop = call->should_stop();
+        lock.lock();
+        if (stop) {
+            return Status::Cancelled;
+        }
+        if (user_ != std::thread::id()) {
+            free_.wait_for(lock, std::chrono::milliseconds(2));
+        }
+    }
+    user_ = me;
+    return Status::Done;
+}
+
+void ContextBox::release() noexcept {
+    {
+        std::lock_guard<std::mutex> lock(use_mutex_);
+        user_ = std::thread::id();
+    }
+    free_.notify_one();
+}
+
+// ---- checks ----------------------------------------------------------------------------------------------
+
+namespace {
+
+std::string text(int64_t number) { return std::to_string(number); }
+
+}  // namespace
+
+std::string ContextBox::check(const BatchView & batch, bool encoding) const {
+    const int32_t n_vocab = llama_vocab_n_tokens(model_->vocab());
+    const int32_t n_seq_max = llama_n_seq_max(ctx_);
+    const int32_t n_batch = llama_n_batch(ctx_);
+    const int32_t n_ubatch = llama_n_ubatch(ctx_);
+    const bool has_encoder = llama_model_has_encoder(model_->get());
+
+    if (batch.n_rows == 0) {
+        return "the batch is empty";
+    }
+    if (batch.n_rows > n_batch) {
+        return "the batch has " + text(batch.n_rows) + " rows, and the context's n_batch is " + text(n_batch);
+    }
+    if (batch.embd) {
+        const int32_t n_embd = llama_model_n_embd_inp(model_->get());
+        if (batch.n_embd != n_embd) {
+            return "the batch's embeddings have " + text(batch.n_embd) + " elements a row; the model takes " + text(n_embd);
+        }
+        if (model_->positions_per_embd() > 1) {
+            return "the model wants " + text(model_->positions_per_embd()) +
+                   " positions for each embedding (M-RoPE), which a batch does not carry";
+        }
+    }
+    if (encoding && memory_.memory && !has_encoder) {
+        return "the model has no encoder: use decode()";
+    }
+    if (!encoding && has_encoder && memory_.memory && !encoded_) {
+        return "the decoder has no encoder output to attend to: call encode() first";
+    }
+    const bool one_ubatch = encoding || !memory_.memory || !llama_get_causal_attn(ctx_);
+    if (one_ubatch && batch.n_rows > n_ubatch) {
+        return "attention that is not causal needs the batch in one piece: it has " + text(batch.n_rows) +
+               " rows, and the context's n_ubatch is " + text(n_ubatch);
+    }
+
+    struct Sequence {
+        int32_t last_row = -1;
+        int32_t n_rows = 0;
+    };
+    std::vector<Sequence> sequences(n_seq_max);
+    const bool may_share = memory_.split == Split::Simple || memory_.split == Split::Equal;
+    const bool mrope = model_->positions_per_embd() > 1;
+    for (int32_t row = 0; row < batch.n_rows; ++row) {
+        const std::string where = "row " + text(row) + ": ";
+        if (batch.token && (batch.token[row] < 0 || batch.token[row] >= n_vocab)) {
+            return where + "token " + text(batch.token[row]) + " is outside of the vocabulary (0 to " + text(n_vocab - 1) + ")";
+        }
+        if (batch.pos[row] < 0) {
+            return where + "position " + text(batch.pos[row]) + " is negative";
+        }
+        const int32_t * const begin = batch.seqs_begin(row);
+        const int32_t * const end = batch.seqs_end(row);
+        if (begin == end) {
+            return where + "it belongs to no sequence";
+        }
+        if (end - begin > 1 && !may_share) {
+            return where + "a row of several sequences needs a cache that they share (" +
+                   (memory_.recurrent ? "this model's state is recurrent" : "make the context with kv_unified=True") + ")";
+        }
+        for (const int32_t * seq = begin; seq != end; ++seq) {
+            if (*seq < 0 || *seq >= n_seq_max) {
+                return where + "sequence id " + text(*seq) + " is outside of 0 to " + text(n_seq_max - 1) + " (n_seq_max is " +
+                       text(n_seq_max) + ")";
+            }
+            if (std::find(begin, seq, *seq) != seq) {
+                return where + "sequence id " + text(*seq) + " is named twice";
+            }
+        }
+        for (const int32_t * seq = begin; seq != end; ++seq) {
+            Sequence & sequence = sequences[*seq];
+            const llama_pos held = encoding ? -1 : memory_.pos_max(*seq);
+            if (sequence.last_row >= 0) {
+                const llama_pos before = batch.pos[sequence.last_row];
+                if (mrope ? batch.pos[row] < before : batch.pos[row] != before + 1) {
+                    return where + "position " + text(batch.pos[row]) + " of sequence " + text(*seq) +
+                           " does not follow on position " + text(before) + " in row " + text(sequence.last_row);
+                }
+                const bool narrows = std::all_of(begin, end, [&](int32_t id) {
+                    return std::find(batch.seqs_begin(sequence.last_row), batch.seqs_end(sequence.last_row), id) !=
+                           batch.seqs_end(sequence.last_row);
+                });
+                if (!narrows) {
+                    return where + "sequence " + text(*seq) + " joins a row of sequences that it did not share row " +
+                           text(sequence.last_row) + " with";
+                }
+            } else {
+                if (held >= 0 && (mrope ? batch.pos[row] <= held : batch.pos[row] != held + 1)) {
+                    return where + "position " + text(batch.pos[row]) + " of sequence " + text(*seq) +
+                           " does not follow on what the context holds (up to position " + text(held) + ")";
+                }
+                if (memory_.pos_min(*begin) != memory_.pos_min(*seq) || memory_.pos_max(*begin) != memory_.pos_max(*seq)) {
+                    return where + "sequences " + text(*begin) + " and " + text(*seq) +
+                           " share the row, but the context holds different positions of them";
+                }
+            }
+            sequence.last_row = row;
+            sequence.n_rows += 1;
+        }
+    }
+    if (pooled()) {
+        for (int32_t seq = 0; seq < n_seq_max; ++seq) {
+            if (sequences[seq].n_rows > n_ubatch) {
+                return "sequence " + text(seq) + " has " + text(sequences[seq].n_rows) +
+                       " rows, and pooling needs it in one ubatch (n_ubatch is " + text(n_ubatch) + ")";
+            }
+        }
+    }
+    return "";
+}
+
+std::vector<llama_seq_id> ContextBox::dirty_among(const BatchView & batch) const {
+    std::vector<llama_seq_id> found;
+    for (llama_seq_id seq : dirty_) {
+        if (std::find(batch.seq_id, batch.seq_id + batch.seq_offset[batch.n_rows], seq) !=
+            batch.seq_id + batch.seq_offset[batch.n_rows]) {
+            found.push_back(seq);
+        }
+    }
+    return found;
+}
+
+// ---- memory ----------------------------------------------------------------------------------------------
+
+bool ContextBox::remove(llama_seq_id seq, llama_pos p0, llama_pos p1) {
+    const llama_pos last = memory_.pos_max(seq);
+    const bool whole = p0 <= 0 && (p1 < 0 || p1 > last);
+    // A sliding window has forgotten what a token at p0 would look back on: going on from there would be wrong.
+    const llama_pos looks_back_to = std::max(0, p0 - llama_model_n_swa(model_->get()) + 1);
+    if (!whole && memory_.forgets() && p0 <= last && looks_back_to < memory_.pos_min(seq)) {
+        return false;
+    }
+    // llama.cpp takes the middle of a recurrent sequence for removed, and removes it from the attention part alone.
+    if (!whole && memory_.recurrent && p0 <= last && p1 >= 0 && p0 < p1) {
+        return false;
+    }
+    if (!memory_.memory->seq_rm(seq, whole ? -1 : p0, whole ? -1 : p1)) {
+        return false;
+    }
+    if (whole) {
+        dirty_.erase(seq);
+    }
+    return true;
+}
+
+std::string ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1) {
+    const llama_pos first = memory_.pos_min(from), last = memory_.pos_max(from);
+    if (from == to || last < 0) {
+        return "";
+    }
+    const bool whole = p0 <= first && (p1 < 0 || p1 > last);
+    if (!whole && memory_.recurrent) {
+        return "a recurrent state can be copied as a whole only";
+    }
+    const bool streams = !memory_.caches.empty() && memory_.caches[0]->get_n_stream() > 1;
+    if (!whole && streams) {
+        return "sequences with a cache of their own can be copied as a whole only (make the context with kv_unified=True)";
+    }
+    const llama_pos held = memory_.pos_max(to);
+    if (held >= 0 && (whole || held + 1 != std::max(p0, first))) {
+        return "sequence " + std::to_string(to) + " holds positions up to " + std::to_string(held) + "; remove it first";
+    }
+    memory_.memory->seq_cp(from, to, whole ? -1 : p0, whole ? -1 : p1);
+    if (streams) {
+        ctx_->memory_update(false);  // copies now, not in the next decode, which could be cancelled in it
+    }
+    return "";
+}
+
+void ContextBox::keep(llama_seq_id seq) {
+    memory_.memory->seq_keep(seq);
+    const bool dirty = dirty_.count(seq) != 0;
+    dirty_.clear();
+    if (dirty) {
+        dirty_.insert(seq);
+    }
+}
+
+void ContextBox::clear() {
+    memory_.memory->clear(true);
+    dirty_.clear();
+}
+
+}  // namespace llamacancel

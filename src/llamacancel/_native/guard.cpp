@@ -1,0 +1,121 @@
+#include "guard.hpp"
+
+#include <atomic>
+#include <chrono>
+#include <deque>
+#include <mutex>
+#include <thread>
+
+#include "llama.h"
+
+namespace llamacancel {
+
+namespace {
+
+thread_local int guard_depth = 0;
+thread_local std::string thread_errors;
+thread_local const bool * quiet_flag = nullptr;
+
+constexpr size_t kMaxLines = 10'000;     // a log that nobody takes does not grow without bound
+constexpr size_t kMaxErrorBytes = 2'000;
+
+struct Log {
+    std::mutex mutex;
+    std::deque<LogLine> lines;
+};
+
+Log & log() {
+    static Log * const instance = new Log;  // never destroyed: other threads may log during exit
+    return *instance;
+}
+
+std::atomic<int> in_flight{0};
+std::atomic<bool> is_exiting{false};
+std::thread::id exiting_thread;  // written before is_exiting
+
+void park_if_exiting() noexcept {
+    while (is_exiting.load(std::memory_order_acquire) && std::this_thread::get_id() != exiting_thread) {
+        std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+}
+
+void on_abort(const char * message) {
+    if (guard_depth > 0) {
+        throw AssertionFailed(message);
+    }
+    fprintf(stderr, "%s\n", message);
+}
+
+void on_log(ggml_log_level level, const char * text, void *) {
+    if (quiet_flag && *quiet_flag && level != GGML_LOG_LEVEL_CONT) {
+        level = GGML_LOG_LEVEL_DEBUG;
+    }
+    if (level == GGML_LOG_LEVEL_ERROR && thread_errors.size() < kMaxErrorBytes) {
+        thread_errors += text;
+    }
+    Log & target = log();
+    std::lock_guard<std::mutex> lock(target.mutex);
+    if (level == GGML_LOG_LEVEL_CONT && !target.lines.empty()) {
+        target.lines.back().text += text;
+    } else if (target.lines.size() < kMaxLines) {
+        target.lines.push_back({level, text});
+    }
+}
+
+}  // namespace
+
+AssertionGuard::AssertionGuard() noexcept { ++guard_depth; }
+AssertionGuard::~AssertionGuard() { --guard_depth; }
+
+InFlight::InFlight() noexcept {
+    in_flight.fetch_add(1, std::memory_order_seq_cst);
+    if (is_exiting.load(std::memory_order_seq_cst) && std::this_thread::get_id() != exiting_thread) {
+        in_flight.fetch_sub(1, std::memory_order_seq_cst);
+        park_if_exiting();
+    }
+}
+
+InFlight::~InFlight() {
+    in_flight.fetch_sub(1, std::memory_order_seq_cst);
+    park_if_exiting();
+}
+
+bool exiting() noexcept { return is_exiting.load(std::memory_order_relaxed); }
+
+void begin_exit(double most_seconds) noexcept {
+    exiting_thread = std::this_thread::get_id();
+    is_exiting.store(true, std::memory_order_seq_cst);
+    const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(most_seconds);
+    while (in_flight.load(std::memory_order_seq_cst) > 0 && std::chrono::steady_clock::now() < end) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+}
+
+QuietLog::QuietLog(const bool & quiet) noexcept { quiet_flag = &quiet; }
+QuietLog::~QuietLog() { quiet_flag = nullptr; }
+
+void initialize() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        llama_log_set(on_log, nullptr);
+        ggml_set_abort_callback(on_abort);
+        llama_backend_init();
+    });
+}
+
+bool next_log_line(LogLine & line) {
+    Log & source = log();
+    std::lock_guard<std::mutex> lock(source.mutex);
+    if (source.lines.empty()) {
+        return false;
+    }
+    line = std::move(source.lines.front());
+    source.lines.pop_front();
+    return true;
+}
+
+void clear_errors() noexcept { thread_errors.clear(); }
+
+std::string last_errors() { return thread_errors; }
+
+}  // namespace llamacancel

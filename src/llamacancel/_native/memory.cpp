@@ -1,0 +1,657 @@
+#include "memory.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <map>
+#include <optional>
+
+#include "ggml-backend.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-hparams.h"
+#include "llama-kv-cache.h"
+#include "llama-memory-hybrid-idx.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-recurrent.h"
+
+namespace llamacancel {
+
+namespace {
+
+// Some fields of llama_kv_cache have no getter. Explicit instantiation may name private members
+// ([temp.spec]/6), so we read them without a patch, and a rename upstream fails to compile here.
+template <typename Tag, auto Member>
+struct Expose {
+    friend constexpr auto expose(Tag) { return Member; }
+};
+struct Heads { friend constexpr auto expose(Heads); };
+struct Layers { friend constexpr auto expose(Layers); };
+struct VTrans { friend constexpr auto expose(VTrans); };
+struct Cells { friend constexpr auto expose(Cells); };
+struct Other { friend constexpr auto expose(Other); };
+struct Window { friend constexpr auto expose(Window); };
+struct WindowType { friend constexpr auto expose(WindowType); };
+template struct Expose<Heads, &llama_kv_cache::v_heads>;
+template struct Expose<Layers, &llama_kv_cache::layers>;
+template struct Expose<VTrans, &llama_kv_cache::v_trans>;
+template struct Expose<Cells, &llama_kv_cache::v_cells_impl>;
+template struct Expose<Other, &llama_kv_cache::other>;
+template struct Expose<Window, &llama_kv_cache::n_swa>;
+template struct Expose<WindowType, &llama_kv_cache::swa_type>;
+
+std::vector<uint32_t> & heads_of(llama_kv_cache & cache) { return cache.*expose(Heads{}); }
+llama_kv_cells_vec & cells_of(llama_kv_cache & cache) { return *(cache.*expose(Cells{})); }
+// True if no token from position `next` on looks at position `pos` any more.
+bool has_left_window(llama_kv_cache & cache, llama_pos pos, llama_pos next) {
+    return llama_hparams::is_masked_swa(cache.*expose(Window{}), cache.*expose(WindowType{}), pos, next);
+}
+
+bool shares_cells(llama_kv_cache & cache) { return (cache.*expose(Other{})) != nullptr; }
+
+// Copies the K and V of single cells between a cache's tensors and a byte buffer.
+class CellData {
+public:
+    CellData(llama_kv_cache & cache, uint32_t stream) : transposed_(cache.*expose(VTrans{})) {
+        for (const auto & layer : cache.*expose(Layers{})) {
+            if (layer.k) {
+                k_.push_back(layer.k_stream[stream]);
+            }
+            if (layer.v) {
+                v_.push_back(layer.v_stream[stream]);
+            }
+        }
+        for (const ggml_tensor * k : k_) bytes_ += k->nb[1];
+        for (const ggml_tensor * v : v_) bytes_ += transposed_ ? column(v) * ggml_element_size(v) : v->nb[1];
+    }
+
+    size_t bytes() const { return bytes_; }  // of one cell, over all layers
+
+    void get(uint32_t cell, uint8_t * to) const {
+        walk(cell, [&](ggml_tensor * tensor, size_t offset, size_t size) {
+            ggml_backend_tensor_get(tensor, to, offset, size);
+            to += size;
+        });
+    }
+
+    void set(uint32_t cell, const uint8_t * from) const {
+        walk(cell, [&](ggml_tensor * tensor, size_t offset, size_t size) {
+            ggml_backend_tensor_set(tensor, from, offset, size);
+            from += size;
+        });
+    }
+
+private:
+    static size_t column(const ggml_tensor * v) { return v->ne[0]; }
+
+    template <typename Visit>
+    void walk(uint32_t cell, Visit && visit) const {
+        for (ggml_tensor * k : k_) {
+            visit(k, cell * k->nb[1], k->nb[1]);
+        }
+        for (ggml_tensor * v : v_) {
+            if (!transposed_) {
+                visit(v, cell * v->nb[1], v->nb[1]);
+                continue;
+            }
+            // A transposed V holds a cell as a column: element j of cell i lies at j * n_cells + i.
+            const size_t size = ggml_element_size(v);
+            const size_t n_cells = v->ne[1];
+            for (size_t j = 0; j < column(v); ++j) {
+                visit(v, (j * n_cells + cell) * size, size);
+            }
+        }
+    }
+
+    bool transposed_;
+    std::vector<ggml_tensor *> k_, v_;
+    size_t bytes_ = 0;
+};
+
+template <typename Tensors, typename Visit>
+void for_each_row(const Tensors & tensors, uint32_t n_rows, uint32_t row, Visit && visit) {
+    for (ggml_tensor * tensor : tensors) {
+        if (tensor) {
+            const size_t size = ggml_nbytes(tensor) / n_rows;
+            visit(tensor, row * size, size);
+        }
+    }
+}
+
+}  // namespace
+
+const char * name_of(MemoryKind kind) noexcept {
+    switch (kind) {
+        case MemoryKind::None: return "none";
+        case MemoryKind::Attention: return "attention";
+        case MemoryKind::SlidingWindow: return "sliding_window";
+        case MemoryKind::Recurrent: return "recurrent";
+        case MemoryKind::Hybrid: return "hybrid";
+        case MemoryKind::HybridSlidingWindow: return "hybrid_sliding_window";
+        case MemoryKind::Other: return "other";
+    }
+    return "other";
+}
+
+Memory::Memory(llama_memory_i * memory, bool output_all) : memory(memory) {
+    if (!memory) {
+        return;
+    }
+    kind = MemoryKind::Other;
+    if (auto * cache = dynamic_cast<llama_kv_cache *>(memory)) {
+        kind = MemoryKind::Attention;
+        caches = {cache};
+    } else if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        kind = MemoryKind::SlidingWindow;
+        caches = {iswa->get_base(), iswa->get_swa()};
+    } else if (auto * state = dynamic_cast<llama_memory_recurrent *>(memory)) {
+        kind = MemoryKind::Recurrent;
+        recurrent = state;
+    } else if (dynamic_cast<llama_memory_hybrid_idx *>(memory)) {
+        // has an index of its own beside the two
+    } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        kind = MemoryKind::Hybrid;
+        caches = {hybrid->get_mem_attn()};
+        recurrent = hybrid->get_mem_recr();
+    } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        kind = MemoryKind::HybridSlidingWindow;
+        caches = {hybrid->get_mem_attn()->get_base(), hybrid->get_mem_attn()->get_swa()};
+        recurrent = hybrid->get_mem_recr();
+    }
+    if (std::any_of(caches.begin(), caches.end(), [](llama_kv_cache * cache) { return shares_cells(*cache); })) {
+        kind = MemoryKind::Other;
+    }
+    if (kind == MemoryKind::Other) {
+        caches.clear();
+        recurrent = nullptr;
+        return;
+    }
+    const bool unified = caches.empty() || caches[0]->get_n_stream() == 1;
+    if (recurrent) {
+        split = output_all ? Split::BySequence
+                           : kind == MemoryKind::Recurrent || !unified ? Split::EqualSequential : Split::Equal;
+    } else if (!unified) {
+        split = Split::EqualSequential;
+    }
+}
+
+// ---- caches of keys and values ---------------------------------------------------------------------------
+
+struct Undo::Cache {
+    explicit Cache(llama_kv_cache & cache) : cache(cache), saved(cache.get_n_stream()) {
+        for (auto & marks : saved) {
+            marks.resize(cache.get_size(), Untouched);
+        }
+        for (uint32_t s = 0; s < cache.get_n_stream(); ++s) {
+            data.emplace_back(cache, s);
+        }
+    }
+
+    enum Mark : uint8_t { Untouched = 0, Described, Copied };  // what is saved of a cell: nothing, no K and V, all
+
+    // Cells of one stream as they were: empty, or as `cells` has them, and the K and V of some.
+    struct Group {
+        uint32_t stream;
+        std::vector<uint32_t> empty;
+        std::vector<uint32_t> idxs;
+        std::optional<llama_kv_cells> cells;  // of idxs; making one is not cheap, and mostly there is no need
+        std::vector<uint32_t> copied;
+        std::vector<uint8_t> bytes;
+    };
+
+    void begin() {
+        for (const Group & group : groups) {
+            for (const auto * touched : {&group.empty, &group.idxs}) {
+                for (uint32_t idx : *touched) {
+                    saved[group.stream][idx] = Untouched;
+                }
+            }
+        }
+        groups.clear();
+        heads = heads_of(cache);
+    }
+
+    bool save(const llama_ubatch & ubatch) {
+        const auto slot = cache.find_slot(ubatch, false);
+        if (slot.empty()) {
+            return false;
+        }
+        for (size_t s = 0; s < slot.n_stream(); ++s) {
+            save(slot.strm[s], slot.idxs[s]);
+        }
+        return true;
+    }
+
+    // `slot`: the cells that will be written. Those in use there are overwritten, and apply_ubatch() then
+    // forgets every older position of the sequences that lost a cell.
+    void save(uint32_t stream, const std::vector<uint32_t> & slot) {
+        const llama_kv_cells & cells = cells_of(cache)[stream];
+        auto & marks = saved[stream];
+        Group group;
+        group.stream = stream;
+
+        std::map<llama_seq_id, llama_pos> purged_to;
+        for (uint32_t idx : slot) {
+            if (!cells.is_empty(idx)) {
+                llama_pos & to = purged_to.try_emplace(cells.seq_get(idx), -1).first->second;
+                to = std::max(to, cells.pos_get(idx));
+            }
+            if (marks[idx] == Untouched && cells.is_empty(idx)) {
+                group.empty.push_back(idx);
+            } else if (marks[idx] == Untouched) {
+                group.idxs.push_back(idx);
+                group.copied.push_back(idx);
+            } else if (marks[idx] == Described) {
+                group.copied.push_back(idx);
+            }
+            marks[idx] = Copied;
+        }
+        if (!purged_to.empty()) {
+            for (uint32_t idx = 0; idx < cells.size(); ++idx) {
+                if (marks[idx] != Untouched || cells.is_empty(idx)) {
+                    continue;
+                }
+                for (const auto & [seq, to] : purged_to) {
+                    if (cells.pos_get(idx) <= to && cells.seq_has(idx, seq)) {
+                        marks[idx] = Described;
+                        group.idxs.push_back(idx);
+                        break;
+                    }
+                }
+            }
+        }
+
+        keep(std::move(group));
+    }
+
+    // Cells that `seq` holds, and in a sliding window all, since a search for room may take any there.
+    void save_sequence(llama_seq_id seq) {
+        Group group;
+        group.stream = cache.get_stream(seq);
+        const llama_kv_cells & cells = cells_of(cache)[group.stream];
+        const bool slides = cache.*expose(WindowType{}) != LLAMA_SWA_TYPE_NONE;
+        for (uint32_t idx = 0; idx < cells.size(); ++idx) {
+            if (cells.is_empty(idx)) {
+                group.empty.push_back(idx);
+            } else if (slides || cells.seq_has(idx, seq)) {
+                group.idxs.push_back(idx);
+            }
+        }
+        group.copied = group.idxs;
+        keep(std::move(group));
+    }
+
+    void keep(Group group) {
+        const CellData & cell_data = data[group.stream];
+        if (!group.idxs.empty()) {
+            group.cells = cells_of(cache)[group.stream].cp(group.idxs);
+        }
+        group.bytes.resize(group.copied.size() * cell_data.bytes());
+        for (size_t i = 0; i < group.copied.size(); ++i) {
+            cell_data.get(group.copied[i], group.bytes.data() + i * cell_data.bytes());
+        }
+        groups.push_back(std::move(group));
+    }
+
+    void restore() {
+        for (const Group & group : groups) {
+            llama_kv_cells & cells = cells_of(cache)[group.stream];
+            for (uint32_t idx : group.empty) {
+                if (!cells.is_empty(idx)) {
+                    cells.rm(idx);
+                }
+            }
+            if (group.cells) {
+                cells.set(group.idxs, *group.cells);
+            }
+            for (size_t i = 0; i < group.copied.size(); ++i) {
+                data[group.stream].set(group.copied[i], group.bytes.data() + i * data[group.stream].bytes());
+            }
+        }
+        heads_of(cache) = heads;
+    }
+
+    bool restore_sequence(llama_seq_id seq, llama_pos p0) {
+        cache.seq_rm(seq, p0, -1);
+        const uint32_t stream = cache.get_stream(seq);
+        llama_kv_cells & cells = cells_of(cache)[stream];
+        for (const Group & group : groups) {
+            if (group.stream != stream) {
+                continue;
+            }
+            for (uint32_t i = 0; i < group.idxs.size(); ++i) {
+                // What has left the window may be gone for good: its neighbours needed the room, as they would
+                // have without the cancelled rows.
+                const llama_pos pos = group.cells->pos_get(i);
+                if (!group.cells->seq_has(i, seq) || pos >= p0 || has_left_window(cache, pos, p0)) {
+                    continue;
+                }
+                if (!put_back(cells, group, i, seq)) {
+                    cache.seq_rm(seq, -1, -1);
+                    return false;
+                }
+            }
+        }
+        return true;
+    }
+
+    // Gives the sequence the saved cell back: where it was if the cell is free or still the same, else elsewhere.
+    bool put_back(llama_kv_cells & cells, const Group & group, uint32_t i, llama_seq_id seq) {
+        const uint32_t home = group.idxs[i];
+        const llama_pos pos = group.cells->pos_get(i);
+        if (!cells.is_empty(home) && cells.pos_get(home) == pos) {
+            if (cells.seq_has(home, seq)) {
+                return true;  // never lost
+            }
+            if ((cells.seq_get_all(home) & ~group.cells->seq_get_all(i)).none()) {
+                cells.seq_add(home, seq);  // shared, and only this sequence had lost it
+                return true;
+            }
+        }
+        uint32_t target = home;
+        if (!cells.is_empty(home)) {
+            target = 0;
+            while (target < cells.size() && !cells.is_empty(target)) {
+                ++target;
+            }
+            if (target == cells.size()) {
+                return false;
+            }
+        }
+        cells.pos_set(target, pos);
+        cells.ext_set(target, group.cells->ext_get(i));
+        cells.seq_add(target, seq);
+
+        const CellData & cell_data = data[group.stream];
+        for (const Group & other : groups) {
+            const auto at = std::find(other.copied.begin(), other.copied.end(), home);
+            if (other.stream == group.stream && at != other.copied.end()) {
+                cell_data.set(target, other.bytes.data() + (at - other.copied.begin()) * cell_data.bytes());
+                return true;
+            }
+        }
+        if (target != home) {  // described, never overwritten: its K and V are still at home
+            std::vector<uint8_t> bytes(cell_data.bytes());
+            cell_data.get(home, bytes.data());
+            cell_data.set(target, bytes.data());
+        }
+        return true;
+    }
+
+    size_t bytes() const noexcept {
+        size_t total = 0;
+        for (const Group & group : groups) {
+            total += group.bytes.size();
+        }
+        return total;
+    }
+
+    llama_kv_cache & cache;
+    std::vector<CellData> data;               // per stream
+    std::vector<std::vector<uint8_t>> saved;  // per stream and cell: a Mark
+    std::vector<uint32_t> heads;              // where the search for a slot began
+    std::vector<Group> groups;
+};
+
+// ---- recurrent states ------------------------------------------------------------------------------------
+
+struct Undo::Recurrent {
+    explicit Recurrent(llama_memory_recurrent & memory) : memory(memory), n_rows(memory.size * (1 + memory.n_rs_seq)) {}
+
+    // The bookkeeping, which is a few words for each sequence. llama.cpp's own prepare() copies it, too.
+    struct Books {
+        std::vector<llama_memory_recurrent::mem_cell> cells;
+        std::vector<uint32_t> rs_idx;
+        uint32_t used, head, n;
+        int32_t rs_z;
+    };
+
+    Books read() const { return {memory.cells, memory.rs_idx, memory.used, memory.head, memory.n, memory.rs_z}; }
+
+    void write(const Books & from) {
+        memory.cells = from.cells;
+        memory.rs_idx = from.rs_idx;
+        memory.used = from.used;
+        memory.head = from.head;
+        memory.n = from.n;
+        memory.rs_z = from.rs_z;
+    }
+
+    void begin() {
+        books = read();
+        rows.clear();
+        bytes.clear();
+    }
+
+    bool save(const llama_ubatch & ubatch) {
+        const Books now = read();
+        const bool found = memory.find_slot(ubatch);
+        const uint32_t first = memory.head;
+        const uint32_t last = memory.head + memory.n;
+        write(now);
+        if (!found) {
+            return false;
+        }
+        // The graph writes the states of all cells from the first to the last, those that it moves included.
+        for (uint32_t cell = first; cell < last; ++cell) {
+            if (!books.cells[cell].is_empty() && std::find(rows.begin(), rows.end(), cell) == rows.end()) {
+                keep(cell);
+            }
+        }
+        return true;
+    }
+
+    void save_sequence(llama_seq_id seq) {
+        if (books.cells[seq].tail >= 0) {
+            keep(books.cells[seq].tail);
+        }
+    }
+
+    void keep(uint32_t cell) {
+        rows.push_back(cell);
+        visit(cell, [&](ggml_tensor * tensor, size_t offset, size_t size) {
+            bytes.resize(bytes.size() + size);
+            ggml_backend_tensor_get(tensor, bytes.data() + bytes.size() - size, offset, size);
+        });
+    }
+
+    void restore() {
+        write(books);
+        for (uint32_t row : rows) {
+            copy_back(row, row);
+        }
+    }
+
+    bool restore_sequence(llama_seq_id seq) {
+        const int32_t home = books.cells[seq].tail;
+        const bool written = std::find(rows.begin(), rows.end(), static_cast<uint32_t>(home)) != rows.end();
+        if (home >= 0 && !written && memory.cells[seq].tail == home) {
+            return true;  // none of its rows was computed
+        }
+        memory.seq_rm(seq, -1, -1);
+        if (home < 0) {
+            return true;
+        }
+        const auto & before = books.cells[home];
+        uint32_t target = home;
+        if (written) {
+            target = 0;
+            while (target < memory.size && !memory.cells[target].is_empty()) {
+                ++target;
+            }
+            if (target == memory.size) {
+                return false;
+            }
+        } else if (!memory.cells[home].is_empty()) {
+            // The state was shared and left in place for the other sequences: share it again.
+            for (llama_seq_id other : before.seq_id) {
+                if (other != seq && memory.cells[other].tail == home) {
+                    memory.seq_cp(other, seq, -1, -1);
+                    return true;
+                }
+            }
+            return false;
+        }
+        auto & cell = memory.cells[target];
+        cell.pos = before.pos;
+        cell.src = cell.src0 = target;
+        cell.seq_id = {seq};
+        memory.cells[seq].tail = target;
+        memory.used += 1;
+        if (written) {
+            copy_back(home, target);
+        }
+        return true;
+    }
+
+    void copy_back(uint32_t saved_row, uint32_t to) {
+        const size_t at = std::find(rows.begin(), rows.end(), saved_row) - rows.begin();
+        const uint8_t * from = bytes.data() + at * (bytes.size() / rows.size());
+        visit(to, [&](ggml_tensor * tensor, size_t offset, size_t size) {
+            ggml_backend_tensor_set(tensor, from, offset, size);
+            from += size;
+        });
+    }
+
+    // All tensors' parts of one cell's state, the groups for rollback by n_rs_seq included.
+    template <typename Visit>
+    void visit(uint32_t cell, Visit && visit) const {
+        for (uint32_t row = cell; row < n_rows; row += memory.size) {
+            for_each_row(memory.r_l, n_rows, row, visit);
+            for_each_row(memory.s_l, n_rows, row, visit);
+            for_each_row(memory.p_l, n_rows, row, visit);
+        }
+    }
+
+    llama_memory_recurrent & memory;
+    const uint32_t n_rows;
+    Books books;
+    std::vector<uint32_t> rows;  // cells whose states are in `bytes`, in this order
+    std::vector<uint8_t> bytes;
+};
+
+// ---- both ------------------------------------------------------------------------------------------------
+
+Undo::Undo(const Memory & memory) {
+    for (llama_kv_cache * cache : memory.caches) {
+        caches_.push_back(std::make_unique<Cache>(*cache));
+    }
+    if (memory.recurrent) {
+        recurrent_ = std::make_unique<Recurrent>(*memory.recurrent);
+    }
+}
+
+Undo::~Undo() = default;
+
+void Undo::begin() {
+    for (auto & cache : caches_) cache->begin();
+    if (recurrent_) recurrent_->begin();
+}
+
+bool Undo::save(const llama_ubatch & ubatch) {
+    for (auto & cache : caches_) {
+        if (!cache->save(ubatch)) {
+            return false;
+        }
+    }
+    return !recurrent_ || recurrent_->save(ubatch);
+}
+
+void Undo::save_sequence(llama_seq_id seq) {
+    for (auto & cache : caches_) cache->save_sequence(seq);
+    if (recurrent_) recurrent_->save_sequence(seq);
+}
+
+void Undo::restore() {
+    for (auto & cache : caches_) cache->restore();
+    if (recurrent_) recurrent_->restore();
+}
+
+bool Undo::restore_sequence(llama_seq_id seq, llama_pos p0) {
+    bool whole = !recurrent_ || recurrent_->restore_sequence(seq);
+    for (auto & cache : caches_) {
+        whole = cache->restore_sequence(seq, p0) && whole;
+    }
+    return whole;
+}
+
+size_t Undo::bytes() const noexcept {
+    size_t total = recurrent_ ? recurrent_->bytes.size() : 0;
+    for (const auto & cache : caches_) {
+        total += cache->bytes();
+    }
+    return total;
+}
+
+void Journal::begin(std::vector<llama_seq_id> seqs, bool keep) {
+    seqs_ = std::move(seqs);
+    keep_ = keep;
+    look(held_at_start_, used_at_start_);
+    origin_.begin();
+}
+
+bool Journal::before(const llama_ubatch & ubatch) {
+    if (keep_) {
+        look(held_, used_);
+        latest_.begin();
+        if (!latest_.save(ubatch)) {
+            return false;
+        }
+    }
+    return origin_.save(ubatch);
+}
+
+std::vector<llama_seq_id> Journal::rollback() { return repair(origin_, held_at_start_, used_at_start_); }
+std::vector<llama_seq_id> Journal::rollback_last() { return repair(latest_, held_, used_); }
+
+bool Journal::rollback_sequence(llama_seq_id seq, llama_pos p0) {
+    if (!memory_.memory) {
+        return true;
+    }
+    const auto held = std::find_if(held_at_start_.begin(), held_at_start_.end(), [&](const Held & h) { return h.seq == seq; });
+    if (!memory_.restorable()) {
+        memory_.memory->seq_rm(seq, held->pos_max < 0 ? -1 : p0, -1);
+        return held->pos_max < 0;
+    }
+    return origin_.restore_sequence(seq, p0) && memory_.pos_max(seq) == held->pos_max;
+}
+
+void Journal::look(std::vector<Held> & held, std::vector<uint32_t> & used) const {
+    held.clear();
+    used.clear();
+    for (llama_seq_id seq : seqs_) {
+        held.push_back({seq, memory_.pos_min(seq), memory_.pos_max(seq)});
+    }
+    for (llama_kv_cache * cache : memory_.caches) {
+        for (const llama_kv_cells & cells : cells_of(*cache)) {
+            used.push_back(cells.get_used());
+        }
+    }
+}
+
+std::vector<llama_seq_id> Journal::repair(Undo & undo, const std::vector<Held> & held, const std::vector<uint32_t> & used) {
+    std::vector<llama_seq_id> dirty;
+    if (!memory_.memory) {
+        return dirty;
+    }
+    if (memory_.restorable()) {
+        undo.restore();
+    }
+    std::vector<Held> held_now;
+    std::vector<uint32_t> used_now;
+    look(held_now, used_now);
+    for (size_t i = 0; i < held.size(); ++i) {
+        if (memory_.restorable()) {
+            if (used_now != used || held_now[i].pos_min != held[i].pos_min || held_now[i].pos_max != held[i].pos_max) {
+                dirty.push_back(held[i].seq);
+            }
+        } else if (held[i].pos_max < 0) {
+            memory_.memory->seq_rm(held[i].seq, -1, -1);  // was empty: removing all of it never fails
+        } else {
+            dirty.push_back(held[i].seq);
+        }
+    }
+    return dirty;
+}
+
+}  // namespace llamacancel

@@ -1,0 +1,115 @@
+// What a decode may change in a context's memory, saved before it and put back exactly.
+//
+// llama.cpp's public interface cannot restore a memory: seq_rm() forgets where the search for a slot
+// stood, a sliding window overwrites old cells, and a recurrent state moves on in place. A Journal looks
+// at the memory classes themselves: before each ubatch it asks them where the ubatch will go (with their
+// own find_slot()) and keeps the cells and rows that will be overwritten there. Restored, a memory is the
+// same to the cell, so that a call done again gives the same bits.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "llama-kv-cells.h"
+#include "llama-memory.h"
+
+struct llama_ubatch;
+class llama_kv_cache;
+class llama_memory_recurrent;
+
+namespace llamacancel {
+
+enum class MemoryKind : uint8_t { None, Attention, SlidingWindow, Recurrent, Hybrid, HybridSlidingWindow, Other };
+
+const char * name_of(MemoryKind kind) noexcept;
+
+// How llama.cpp cuts a batch into ubatches for this memory (its init_batch()).
+enum class Split : uint8_t { Simple, Equal, EqualSequential, BySequence };
+
+// A context's memory, taken apart. `caches` and `recurrent` are views that live as long as the context.
+struct Memory {
+    explicit Memory(llama_memory_i * memory, bool output_all);
+
+    llama_memory_i * memory;  // null for an encoder
+    MemoryKind kind = MemoryKind::None;
+    Split split = Split::Simple;
+    std::vector<llama_kv_cache *> caches;
+    llama_memory_recurrent * recurrent = nullptr;
+
+    // False for memory classes that we cannot restore: what they held before a cancelled call is lost.
+    bool restorable() const noexcept { return kind != MemoryKind::Other; }
+
+    // True if a window slides over the sequences and drops what has left it.
+    bool forgets() const noexcept { return kind == MemoryKind::SlidingWindow || kind == MemoryKind::HybridSlidingWindow; }
+
+    llama_pos pos_min(llama_seq_id seq) const { return memory ? memory->seq_pos_min(seq) : -1; }
+    llama_pos pos_max(llama_seq_id seq) const { return memory ? memory->seq_pos_max(seq) : -1; }
+};
+
+// The undo record of one stretch of work: the first content of every cell and row touched since begin().
+class Undo {
+public:
+    explicit Undo(const Memory & memory);
+    ~Undo();
+
+    void begin();
+
+    // Saves what `ubatch` will overwrite and was not saved since begin(). False if there is no slot for it.
+    bool save(const llama_ubatch & ubatch);
+
+    // Saves all that a sequence holds, before it is replaced as a whole; restore() puts it back.
+    void save_sequence(llama_seq_id seq);
+
+    // Puts everything back as it was at begin().
+    void restore();
+
+    // Puts back one sequence, whose positions from `p0` on were added since begin(), and leaves the others.
+    // False if a saved cell finds no room: then the sequence is cleared.
+    bool restore_sequence(llama_seq_id seq, llama_pos p0);
+
+    size_t bytes() const noexcept;  // saved since begin()
+
+private:
+    struct Cache;
+    struct Recurrent;
+    std::vector<std::unique_ptr<Cache>> caches_;
+    std::unique_ptr<Recurrent> recurrent_;
+};
+
+// The journal of one call: back to its start, or to the last ubatch that was completed.
+class Journal {
+public:
+    explicit Journal(const Memory & memory) : memory_(memory), origin_(memory), latest_(memory) {}
+
+    // `keep`: rollback_last() will be asked for; costs a second copy of what each ubatch overwrites.
+    void begin(std::vector<llama_seq_id> seqs, bool keep);
+    bool before(const llama_ubatch & ubatch);
+
+    // Each returns the sequences that it could not repair. What it did was looked at afterwards.
+    std::vector<llama_seq_id> rollback();
+    std::vector<llama_seq_id> rollback_last();
+    bool rollback_sequence(llama_seq_id seq, llama_pos p0);
+
+    size_t bytes() const noexcept { return origin_.bytes() + latest_.bytes(); }
+
+private:
+    struct Held {
+        llama_seq_id seq;
+        llama_pos pos_min;
+        llama_pos pos_max;
+    };
+    void look(std::vector<Held> & held, std::vector<uint32_t> & used) const;
+    std::vector<llama_seq_id> repair(Undo & undo, const std::vector<Held> & held, const std::vector<uint32_t> & used);
+
+    const Memory & memory_;
+    Undo origin_;
+    Undo latest_;
+    bool keep_ = false;
+    std::vector<llama_seq_id> seqs_;
+    std::vector<Held> held_at_start_, held_;      // what the sequences held, to compare after a repair
+    std::vector<uint32_t> used_at_start_, used_;  // used cells of each cache
+};
+
+}  // namespace llamacancel

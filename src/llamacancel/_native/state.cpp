@@ -1,0 +1,137 @@
+#include <algorithm>
+#include <cstring>
+
+#include "box.hpp"
+#include "ggml-backend.h"
+#include "llama-io.h"
+
+namespace llamacancel {
+
+namespace {
+
+constexpr size_t kPiece = 4 << 20;  // bytes copied between two polls
+
+struct Cancelled {};
+
+void poll(Call & call) {
+    if (call.should_stop() || exiting()) {
+        throw Cancelled();
+    }
+}
+
+class Writer : public llama_io_write_i {
+public:
+    Writer(Call & call, std::vector<uint8_t> & bytes) : call_(call), bytes_(bytes) {}
+
+    void write(const void * src, size_t size) override {
+        const uint8_t * from = static_cast<const uint8_t *>(src);
+        bytes_.insert(bytes_.end(), from, from + size);
+    }
+
+    void write_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
+        for (size_t done = 0; done < size; done += kPiece) {
+            poll(call_);
+            const size_t piece = std::min(kPiece, size - done);
+            bytes_.resize(bytes_.size() + piece);
+            ggml_backend_tensor_get(tensor, bytes_.data() + bytes_.size() - piece, offset + done, piece);
+        }
+    }
+
+    size_t n_bytes() override { return bytes_.size(); }
+
+private:
+    Call & call_;
+    std::vector<uint8_t> & bytes_;
+};
+
+class Reader : public llama_io_read_i {
+public:
+    Reader(Call & call, const uint8_t * bytes, size_t size) : call_(call), bytes_(bytes), size_(size) {}
+
+    void read(void * dst, size_t size) override {
+        std::memcpy(dst, take(size), size);
+    }
+
+    void read_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
+        for (size_t done = 0; done < size; done += kPiece) {
+            poll(call_);
+            const size_t piece = std::min(kPiece, size - done);
+            ggml_backend_tensor_set(tensor, take(piece), offset + done, piece);
+        }
+    }
+
+    size_t n_bytes() override { return at_; }
+    bool at_end() const { return at_ == size_; }
+
+private:
+    const uint8_t * take(size_t size) {
+        if (size > size_ - at_) {
+            throw std::runtime_error("the state ends too early");
+        }
+        at_ += size;
+        return bytes_ + at_ - size;
+    }
+
+    Call & call_;
+    const uint8_t * bytes_;
+    size_t size_;
+    size_t at_ = 0;
+};
+
+}  // namespace
+
+Status ContextBox::save_state(llama_seq_id seq, Call & call, std::vector<uint8_t> & bytes, std::string & message) {
+    const InFlight in_flight;
+    try {
+        AssertionGuard guard;
+        poll(call);
+        llama_synchronize(ctx_);
+        Writer writer(call, bytes);
+        memory_.memory->state_write(writer, seq, 0);
+        return Status::Done;
+    } catch (const Cancelled &) {
+        bytes.clear();
+        return Status::Cancelled;
+    } catch (const std::exception & error) {
+        message = error.what();
+        return Status::Failed;
+    }
+}
+
+Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t size, Call & call, std::string & message) {
+    const InFlight in_flight;
+    const bool held = memory_.pos_max(seq) >= 0;
+    Undo undo(memory_);
+    undo.begin();
+    undo.save_sequence(seq);
+    Status status = Status::Done;
+    clear_errors();
+    try {
+        AssertionGuard guard;
+        poll(call);
+        Reader reader(call, bytes, size);
+        memory_.memory->seq_rm(seq, -1, -1);
+        memory_.memory->state_read(reader, seq, 0);
+        if (!reader.at_end()) {
+            throw std::runtime_error("the state has bytes left over");
+        }
+        dirty_.erase(seq);
+        return Status::Done;
+    } catch (const Cancelled &) {
+        status = Status::Cancelled;
+    } catch (const std::exception & error) {
+        // llama.cpp's reader may have turned our Cancelled into an error of its own.
+        status = call.stopped() || exiting() ? Status::Cancelled : Status::Failed;
+        message = last_errors().empty() ? error.what() : last_errors();
+    }
+    // llama.cpp has cleared the sequence, in whole or in part: give it back what it held.
+    memory_.memory->seq_rm(seq, -1, -1);
+    if (memory_.restorable()) {
+        undo.restore();
+    } else if (held) {
+        dirty_.insert(seq);
+    }
+    return status;
+}
+
+}  // namespace llamacancel

@@ -1,0 +1,71 @@
+"""Arguments of models and contexts: checked here, in words, before llama.cpp sees them."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["LatencyPlan", "choice", "default_threads", "integer", "number"]
+
+POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
+ROPE_SCALING = {"none": 0, "linear": 1, "yarn": 2, "longrope": 3}
+SPLIT_MODE = {"none": 0, "layer": 1, "row": 2}
+FLASH_ATTENTION = {"auto": -1, False: 0, True: 1}
+CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20}
+
+
+def integer(name: str, value: Any, low: int, high: int) -> int:
+    """`value` as an int between `low` and `high`, or an exception that names the argument."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    result = int(value.__index__())
+    if not low <= result <= high:
+        raise ValueError(f"{name} must be {low} to {high}, not {result}")
+    return result
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """`value` as a finite float between `low` and `high`, or an exception that names the argument."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, not {value!r}") from None
+    if not (math.isfinite(result) and low <= result <= high):
+        raise ValueError(f"{name} must be {low} to {high}, not {result}")
+    return result
+
+
+def choice(name: str, value: Any, choices: dict[Any, int]) -> int:
+    """The number that llama.cpp has for one of some words."""
+    try:
+        return choices[value]
+    except (KeyError, TypeError):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}") from None
+
+
+def default_threads() -> int:
+    """The number of CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class LatencyPlan:
+    """How a context cuts its work so that a cancel is honoured in time.
+
+    Attributes:
+        target: Seconds from cancel to return that were asked for; None if `n_ubatch` was given or nothing asked.
+        n_ubatch: Most rows computed between two checks of the whole graph.
+        max_outputs: Most rows with logits in one ubatch.
+        node_seconds: What the costliest graph node is expected to take with `n_ubatch` rows, as measured
+            when the context was made: the CPU looks at the token after each node. None if not measured.
+        attention_seconds: What an attention node is expected to take for a row and 1,000 cells. Near the
+            end of a long context ubatches get smaller for it. None if not measured.
+    """
+
+    target: float | None
+    n_ubatch: int
+    max_outputs: int
+    node_seconds: float | None
+    attention_seconds: float | None

@@ -1,0 +1,241 @@
+# distutils: language = c++
+"""Samplers: chains that choose a token from an output's logits."""
+
+from libc.stdint cimport int32_t, uint32_t
+from libcpp.memory cimport shared_ptr
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+from ._context cimport Context
+from ._lib.box cimport ModelBox, accept, grammar, sample
+from ._lib.llama cimport *
+from ._llama cimport drain_log
+from ._model cimport Model
+
+from . import _params
+
+cdef uint32_t _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
+
+
+cdef class Sampler:
+    """Chooses tokens: a chain of llama.cpp's samplers, in the order of its own tools.
+
+    A sampler has a state (random numbers, penalties, grammar) and so belongs to one generation: use `clone()`
+    for another, or `reset()` between two. It binds itself to the vocabulary of the first model it is used with.
+
+    Args:
+        temperature: 0 or less: always the most likely token.
+        top_k: Keep the k most likely tokens; 0 for all.
+        top_p, min_p, typical_p, top_n_sigma: Truncations; 1, 0, 1 and -1 turn them off.
+        min_keep: Tokens that truncations leave at least.
+        dynatemp_range, dynatemp_exponent: Dynamic temperature; a range of 0 turns it off.
+        repeat_penalty, frequency_penalty, presence_penalty, penalty_last_n: Penalties on the last tokens.
+        dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, dry_breakers: DRY; multiplier 0 is off.
+        xtc_probability, xtc_threshold: XTC; probability 0 is off.
+        mirostat, mirostat_tau, mirostat_eta: Mirostat 1 or 2 in place of the truncations; 0 is off.
+        seed: For the random numbers; None for a random one.
+        logit_bias: {token: bias}; -inf forbids a token.
+        grammar: GBNF text that the output must follow, beginning with the rule `grammar_root`.
+        model: Binds the sampler at once, so that a bad grammar is told here and not at its first use.
+
+    Raises:
+        TypeError, ValueError: If an argument is none that it can be, or the grammar cannot be parsed.
+    """
+    cdef object __weakref__
+    cdef llama_sampler * chain       # null until bound to a model
+    cdef shared_ptr[ModelBox] box    # the model whose vocabulary the chain refers to
+    cdef dict options
+
+    def __init__(self, *, temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, typical_p=1.0, top_n_sigma=-1.0, min_keep=1,
+                 dynatemp_range=0.0, dynatemp_exponent=1.0, repeat_penalty=1.0, frequency_penalty=0.0,
+                 presence_penalty=0.0, penalty_last_n=64, dry_multiplier=0.0, dry_base=1.75, dry_allowed_length=2,
+                 dry_penalty_last_n=1024, dry_breakers=("\n", ":", '"', "*"), xtc_probability=0.0, xtc_threshold=0.1,
+                 mirostat=0, mirostat_tau=5.0, mirostat_eta=0.1, seed=None, logit_bias=None, grammar=None,
+                 grammar_root="root", model=None):
+        number, integer = _params.number, _params.integer
+        self.options = {
+            "temperature": number("temperature", temperature, -1e6, 1e6),
+            "top_k": integer("top_k", top_k, 0, 2**31 - 1),
+            "top_p": number("top_p", top_p, 0, 1),
+            "min_p": number("min_p", min_p, 0, 1),
+            "typical_p": number("typical_p", typical_p, 0, 1),
+            "top_n_sigma": number("top_n_sigma", top_n_sigma, -1, 1e6),
+            "min_keep": integer("min_keep", min_keep, 0, 2**31 - 1),
+            "dynatemp_range": number("dynatemp_range", dynatemp_range, 0, 1e6),
+            "dynatemp_exponent": number("dynatemp_exponent", dynatemp_exponent, 0, 1e6),
+            "repeat_penalty": number("repeat_penalty", repeat_penalty, 1e-6, 1e6),
+            "frequency_penalty": number("frequency_penalty", frequency_penalty, -1e6, 1e6),
+            "presence_penalty": number("presence_penalty", presence_penalty, -1e6, 1e6),
+            "penalty_last_n": integer("penalty_last_n", penalty_last_n, 0, 1 << 20),
+            "dry_multiplier": number("dry_multiplier", dry_multiplier, 0, 1e6),
+            "dry_base": number("dry_base", dry_base, 1, 1e6),
+            "dry_allowed_length": integer("dry_allowed_length", dry_allowed_length, 0, 1 << 20),
+            "dry_penalty_last_n": integer("dry_penalty_last_n", dry_penalty_last_n, 0, 1 << 20),
+            "dry_breakers": [str(text).encode() for text in dry_breakers],
+            "xtc_probability": number("xtc_probability", xtc_probability, 0, 1),
+            "xtc_threshold": number("xtc_threshold", xtc_threshold, 0, 1),
+            "mirostat": integer("mirostat", mirostat, 0, 2),
+            "mirostat_tau": number("mirostat_tau", mirostat_tau, 0, 1e6),
+            "mirostat_eta": number("mirostat_eta", mirostat_eta, 0, 1e6),
+            "seed": None if seed is None else integer("seed", seed, 0, 2**32 - 2),
+            "logit_bias": {integer("a token", token, 0, 2**31 - 1): _bias(bias) for token, bias in (logit_bias or {}).items()},
+            "grammar": None if grammar is None else _no_zero("grammar", grammar),
+            "grammar_root": _no_zero("grammar_root", grammar_root),
+        }
+        if model is not None:
+            self._bind(model)
+
+    def __dealloc__(self):
+        if self.chain != NULL:
+            llama_sampler_free(self.chain)
+
+    cdef int _bind(self, Model model) except -1:
+        """Builds the chain for the model's vocabulary, once."""
+        model._check_open()
+        if self.chain != NULL:
+            if self.box != model.box:
+                raise ValueError("the sampler is bound to another model's vocabulary; make one for this model")
+            return 0
+        cdef llama_sampler_chain_params params = llama_sampler_chain_default_params()
+        cdef llama_sampler * chain = llama_sampler_chain_init(params)
+        try:
+            self._fill(chain, model)
+        except BaseException:
+            llama_sampler_free(chain)
+            raise
+        finally:
+            drain_log()
+        self.chain = chain
+        self.box = model.box
+        return 0
+
+    cdef int _fill(self, llama_sampler * chain, Model model) except -1:
+        cdef const llama_vocab * vocab = model._vocab()
+        cdef int32_t n_vocab = llama_vocab_n_tokens(vocab)
+        o = self.options
+        cdef uint32_t seed = _RANDOM_SEED if o["seed"] is None else o["seed"]
+        cdef size_t min_keep = o["min_keep"]
+        cdef vector[llama_logit_bias] biases
+        cdef llama_logit_bias bias
+        cdef vector[const char *] breakers
+
+        if o["logit_bias"]:
+            for token, value in o["logit_bias"].items():
+                if token >= n_vocab:
+                    raise ValueError(f"logit_bias: token {token} is outside of the vocabulary (0 to {n_vocab - 1})")
+                bias.token = token
+                bias.bias = value
+                biases.push_back(bias)
+            llama_sampler_chain_add(chain, llama_sampler_init_logit_bias(n_vocab, biases.size(), biases.data()))
+        if o["grammar"] is not None:
+            llama_sampler_chain_add(chain, grammar(vocab, o["grammar"].encode(), o["grammar_root"].encode()))
+        if o["penalty_last_n"] and (o["repeat_penalty"] != 1 or o["frequency_penalty"] or o["presence_penalty"]):
+            llama_sampler_chain_add(chain, llama_sampler_init_penalties(
+                n_vocab, o["penalty_last_n"], o["repeat_penalty"], o["frequency_penalty"], o["presence_penalty"]))
+        if o["dry_multiplier"] > 0:
+            for text in o["dry_breakers"]:
+                breakers.push_back(text)
+            llama_sampler_chain_add(chain, llama_sampler_init_dry(
+                vocab, o["dry_multiplier"], o["dry_base"], o["dry_allowed_length"], o["dry_penalty_last_n"],
+                breakers.data(), breakers.size()))
+        if o["temperature"] <= 0:
+            llama_sampler_chain_add(chain, llama_sampler_init_greedy())
+            return 0
+        if o["mirostat"]:
+            self._add_temperature(chain)
+            llama_sampler_chain_add(
+                chain,
+                llama_sampler_init_mirostat(n_vocab, seed, o["mirostat_tau"], o["mirostat_eta"], 100) if o["mirostat"] == 1
+                else llama_sampler_init_mirostat_v2(seed, o["mirostat_tau"], o["mirostat_eta"]))
+            return 0
+        if o["top_n_sigma"] > 0:
+            llama_sampler_chain_add(chain, llama_sampler_init_top_n_sigma(o["top_n_sigma"]))
+        if o["top_k"] > 0:
+            llama_sampler_chain_add(chain, llama_sampler_init_top_k(o["top_k"]))
+        if o["typical_p"] < 1:
+            llama_sampler_chain_add(chain, llama_sampler_init_typical(o["typical_p"], min_keep))
+        if o["top_p"] < 1:
+            llama_sampler_chain_add(chain, llama_sampler_init_top_p(o["top_p"], min_keep))
+        if o["min_p"] > 0:
+            llama_sampler_chain_add(chain, llama_sampler_init_min_p(o["min_p"], min_keep))
+        if o["xtc_probability"] > 0:
+            llama_sampler_chain_add(chain, llama_sampler_init_xtc(o["xtc_probability"], o["xtc_threshold"], min_keep, seed))
+        self._add_temperature(chain)
+        llama_sampler_chain_add(chain, llama_sampler_init_dist(seed))
+        return 0
+
+    cdef int _add_temperature(self, llama_sampler * chain) except -1:
+        o = self.options
+        llama_sampler_chain_add(chain, llama_sampler_init_temp_ext(
+            o["temperature"], o["dynatemp_range"], o["dynatemp_exponent"]))
+        return 0
+
+    def sample(self, Context ctx not None, i=-1):
+        """Choose a token from an output of the context's last batch, and remember it.
+
+        Args:
+            ctx: The context.
+            i: The row of the batch, or negative from the last output.
+
+        Raises:
+            IndexError: If the row has no logits.
+            ValueError: If no token is left to choose.
+        """
+        cdef int32_t row = _params.integer("i", i, -2**31, 2**31 - 1)
+        cdef llama_token token
+        cdef const float * logits
+        cdef int32_t n_vocab
+        ctx._acquire(NULL, None, "sample")
+        try:
+            self._bind(ctx.model)
+            logits = ctx._logits_of(row)
+            n_vocab = ctx.box.get().outputs().n_vocab
+            with nogil:
+                token = sample(self.chain, logits, n_vocab)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+        finally:
+            ctx.box.get().release()
+        return token
+
+    def accept(self, token, *, model=None):
+        """Tell the chain of a token that was chosen elsewhere (a prompt's, say), for penalties and grammar."""
+        if model is not None:
+            self._bind(model)
+        if self.chain == NULL:
+            raise ValueError("the sampler is bound to no model yet: pass model=")
+        try:
+            accept(self.chain, _params.integer("token", token, 0, llama_vocab_n_tokens(self.box.get().vocab()) - 1))
+        except RuntimeError as error:
+            raise ValueError(f"the token is not accepted: {error}") from None
+
+    def reset(self):
+        """Forget what was chosen; the random numbers begin again."""
+        if self.chain != NULL:
+            llama_sampler_reset(self.chain)
+
+    def clone(self):
+        """A sampler with the same options and a copy of the state."""
+        cdef Sampler other = Sampler.__new__(Sampler)
+        other.options = self.options
+        if self.chain != NULL:
+            other.chain = llama_sampler_clone(self.chain)
+            other.box = self.box
+        return other
+
+    def __repr__(self):
+        o = self.options
+        return f"<Sampler temperature={o['temperature']} seed={o['seed']}>"
+
+
+cdef double _bias(value) except? -1e300:
+    cdef double number = float(value)
+    if number != number:
+        raise ValueError("logit_bias: a bias must not be NaN")
+    return number
+
+
+cdef str _no_zero(str name, value):
+    if not isinstance(value, str) or "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"{name} must be text without zero characters and lone surrogates")
+    return value

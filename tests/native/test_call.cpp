@@ -1,0 +1,236 @@
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "call.hpp"
+#include "check.hpp"
+#include "fake_clock.hpp"
+
+using namespace llamacancel;
+using Ptr = TokenState::Ptr;
+
+// Four tokens that speak for 1, 2, 3 and 4 of ten rows.
+struct Rows {
+    std::vector<Ptr> tokens;
+    std::vector<Call::Watch> watches;
+    Rows() {
+        for (uint32_t rows = 1; rows <= 4; ++rows) {
+            tokens.push_back(TokenState::make());
+            watches.push_back({tokens.back(), rows});
+        }
+    }
+    void cancel(int i) { tokens[i]->cancel(Cause::Client, std::to_string(i)); }
+};
+
+TEST("a call without tokens goes on") {
+    Call call;
+    CHECK(!call.should_stop());
+    Call none{Ptr()};
+    CHECK(!none.should_stop());
+    CHECK(none.first_verdict() == nullptr);
+    Call empty({}, 0, AbortWhen::All);
+    CHECK(!empty.should_stop());
+}
+
+TEST("a call stops when its token is cancelled") {
+    const Ptr token = TokenState::make();
+    Call call(token);
+    CHECK(!call.should_stop());
+    CHECK(!call.stopped());
+    token->cancel(Cause::Client, "gone");
+    CHECK(call.should_stop());
+    CHECK(call.stopped());
+    CHECK(!call.stopped_by_interrupt());
+    CHECK(call.first_verdict() == &token->verdict());
+}
+
+TEST("a call given a cancelled token stops before it starts") {
+    const Ptr token = TokenState::make();
+    token->cancel(Cause::Client, "");
+    CHECK(Call(token).should_stop());
+}
+
+TEST("a call stops at its token's deadline") {
+    const Ptr token = TokenState::make(fake_time + 100);
+    Call call(token);
+    CHECK(!call.should_stop());
+    advance(100);
+    CHECK(call.should_stop());
+    CHECK(call.first_verdict()->cause == Cause::Deadline);
+}
+
+TEST("abort_when all: the call stops with the last row") {
+    Rows rows;
+    Call call(rows.watches, 10, AbortWhen::All);
+    for (int i = 3; i > 0; --i) {
+        rows.cancel(i);
+        CHECK(!call.should_stop());
+    }
+    rows.cancel(0);
+    CHECK(call.should_stop());
+}
+
+TEST("abort_when all: rows without a token keep the call going") {
+    Rows rows;
+    Call call(rows.watches, 11, AbortWhen::All);
+    for (int i = 0; i < 4; ++i) {
+        rows.cancel(i);
+    }
+    CHECK(!call.should_stop());
+}
+
+TEST("abort_when majority: the call stops with more than half of the rows") {
+    Rows rows;
+    Call call(rows.watches, 10, AbortWhen::Majority);
+    rows.cancel(3);
+    CHECK(!call.should_stop());  // 4 of 10
+    rows.cancel(0);
+    CHECK(!call.should_stop());  // 5 of 10: half is not most
+    rows.cancel(1);
+    CHECK(call.should_stop());  // 7 of 10
+    Rows odd;
+    Call three({{odd.tokens[0], 1}, {odd.tokens[1], 1}, {odd.tokens[2], 1}}, 3, AbortWhen::Majority);
+    odd.cancel(0);
+    CHECK(!three.should_stop());
+    odd.cancel(1);
+    CHECK(three.should_stop());
+}
+
+TEST("abort_when any: the call stops with the first row") {
+    Rows rows;
+    Call call(rows.watches, 100, AbortWhen::Any);
+    CHECK(!call.should_stop());
+    rows.cancel(0);
+    CHECK(call.should_stop());
+}
+
+TEST("the first verdict is the one that came first, not the first in the list") {
+    Rows rows;
+    Call call(rows.watches, 10, AbortWhen::All);
+    advance(1);
+    rows.cancel(2);
+    advance(1);
+    rows.cancel(0);
+    CHECK(call.first_verdict()->reason == "2");
+}
+
+static bool answer(void * data) noexcept {
+    auto & [asked, result] = *static_cast<std::pair<int, bool> *>(data);
+    ++asked;
+    return result;
+}
+
+TEST("the interrupt hook is asked once an interval") {
+    std::pair<int, bool> hook{0, false};
+    Call call;
+    call.set_interrupt(answer, &hook);
+    for (int i = 0; i < 100; ++i) {
+        CHECK(!call.should_stop());
+    }
+    CHECK(hook.first == 0);
+    advance(kHookInterval);
+    CHECK(!call.should_stop());
+    CHECK(!call.should_stop());
+    CHECK(hook.first == 1);
+    advance(kHookInterval - 1);
+    CHECK(!call.should_stop());
+    CHECK(hook.first == 1);
+    advance(1);
+    CHECK(!call.should_stop());
+    CHECK(hook.first == 2);
+}
+
+TEST("an interrupt stops the call for good, and the hook is asked no more") {
+    std::pair<int, bool> hook{0, true};
+    const Ptr token = TokenState::make();
+    Call call(token);
+    call.set_interrupt(answer, &hook);
+    CHECK(!call.should_stop());
+    advance(kHookInterval);
+    CHECK(call.should_stop());
+    CHECK(call.stopped_by_interrupt());
+    hook.second = false;
+    advance(kHookInterval);
+    CHECK(call.should_stop());
+    CHECK(hook.first == 1);
+    CHECK(!token->poll());  // the token is the caller's; an interrupt does not cancel it
+    CHECK(call.first_verdict() == nullptr);
+}
+
+TEST("a call that was stopped asks its tokens no more") {
+    const Ptr token = TokenState::make(fake_time + 10);
+    Call call(token);
+    advance(10);
+    CHECK(call.should_stop());
+    const int64_t reads = clock_reads;
+    CHECK(call.should_stop());
+    CHECK(clock_reads == reads);
+}
+
+TEST("a slot without a call says go on") {
+    CallSlot slot;
+    CHECK(!CallSlot::trampoline(&slot));
+    const Ptr token = TokenState::make();
+    token->cancel(Cause::Client, "");
+    {
+        Call call(token);
+        const CallSlot::Armed armed(slot, call);
+        CHECK(CallSlot::trampoline(&slot));
+    }
+    CHECK(!CallSlot::trampoline(&slot));
+}
+
+TEST("the token of an earlier call cannot stop the next") {
+    CallSlot slot;
+    const Ptr first = TokenState::make();
+    const Ptr second = TokenState::make();
+    {
+        Call call(first);
+        const CallSlot::Armed armed(slot, call);
+        CHECK(!CallSlot::trampoline(&slot));
+    }
+    first->cancel(Cause::Client, "late");
+    {
+        Call call(second);
+        const CallSlot::Armed armed(slot, call);
+        CHECK(!CallSlot::trampoline(&slot));
+        second->cancel(Cause::Client, "its own");
+        CHECK(CallSlot::trampoline(&slot));
+    }
+    Call unguarded;
+    const CallSlot::Armed armed(slot, unguarded);
+    CHECK(!CallSlot::trampoline(&slot));
+}
+
+TEST("calls end by their own tokens only while others cancel") {
+    CallSlot slot;
+    for (int round = 0; round < 300; ++round) {
+        const Ptr stale = TokenState::make();
+        const Ptr current = TokenState::make();
+        const bool stop = round % 2;
+        {
+            Call call(stale);
+            const CallSlot::Armed armed(slot, call);
+            CallSlot::trampoline(&slot);
+        }
+        std::thread canceller([&] {
+            stale->cancel(Cause::Client, "stale");
+            if (stop) {
+                current->cancel(Cause::Client, "current");
+            }
+        });
+        Call call(current);
+        {
+            const CallSlot::Armed armed(slot, call);
+            for (int poll = 0; poll < 200 || (stop && !call.stopped()); ++poll) {
+                CallSlot::trampoline(&slot);
+            }
+        }
+        canceller.join();
+        CHECK(call.stopped() == stop);
+        CHECK(!stop || call.first_verdict()->reason == "current");
+    }
+}
+
+int main(int argc, char ** argv) { return check::run(argc, argv); }

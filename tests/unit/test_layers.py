@@ -1,0 +1,197 @@
+"""The house keeps its order: who imports whom, who knows llama.cpp, and how long a module gets (DESIGN.md)."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "src" / "llamacancel"
+NATIVE = PACKAGE / "_native"
+
+# What a module may import of the package. A module that is not listed is on the ground floor.
+GROUND = {"errors"}
+CORE = {"_cancel", "outcome", "_params", "batch", *GROUND}
+ENGINE = {"_library", "_llama", "_model", "_context", "_memory", "_sampler", "scheduler", *CORE}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": {"_cancel"},  # for annotations alone: see the test
+    "_deadlines": set(),
+    "_params": set(),
+    "_cancel": {"_lib", "_deadlines", *GROUND},
+    "outcome": {"_cancel", *GROUND},
+    "batch": {"_params", *GROUND},
+    "_llama": {"_lib", "_cancel", "outcome", "_params", *GROUND},
+    "_model": {"_lib", "_llama", "_context", *CORE},
+    "_context": {"_lib", "_llama", "_model", "_memory", *CORE},
+    "_sampler": {"_lib", "_llama", "_model", "_context", *CORE},
+    "_memory": {"_lib", "_llama", "_model", "_context", *CORE},
+    "_library": {"_llama"},
+    "_lib": {"_lib"},
+    "scheduler": {"scheduler", *GROUND},
+    "make_model": set(),
+    "engine": ENGINE,
+    "aio": {"engine", *ENGINE},
+    "server": {"__init__", "server", "aio", "engine", "make_model", *ENGINE},
+    "demo": {"__init__", "cli", "aio", "engine", "make_model", *ENGINE},
+    "cli": {"server", "demo", "aio", "engine", "make_model", "__init__", *ENGINE},
+    "__init__": {"engine", *ENGINE},
+    "__main__": {"cli"},
+}
+LLAMA = ("llama.h", "llama-", "ggml", "gguf.h")
+
+
+def module_of(path: Path) -> str:
+    """The floor that a file belongs to: its module, or the folder that it is in."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.split(".")[0]
+
+
+def python_files() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if "_native" not in path.parts)
+
+
+def cython_files() -> list[Path]:
+    return sorted([*PACKAGE.rglob("*.pyx"), *PACKAGE.rglob("*.pxd")])
+
+
+def imports_of(path: Path) -> list[tuple[str, bool]]:
+    """Modules of the package that a file imports, and whether only a type checker does."""
+    tree = ast.parse(path.read_text())
+    checking = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        for node in ast.walk(branch)
+    }
+    inside = len(path.relative_to(PACKAGE).parts)
+    found: list[tuple[str, bool]] = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [
+                alias.name.partition(".")[2] or "__init__"
+                for alias in node.names
+                if alias.name.split(".")[0] == "llamacancel"
+            ]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0 and node.module and node.module.split(".")[0] == "llamacancel":
+                below = node.module.partition(".")[2]
+                names = [below] if below else [alias.name for alias in node.names]
+            elif node.level == inside:
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+            elif node.level:
+                names = [module_of(path)]
+        found += [(name.split(".")[0], id(node) in checking) for name in names]
+    return found
+
+
+def cimports_of(path: Path) -> list[str]:
+    text = path.read_text()
+    found = re.findall(r"^\s*from \.([\w.]+) c?import", text, re.MULTILINE)
+    for names in re.findall(r"^\s*from \. c?import (\([^)]*\)|[\w, ]+)", text, re.MULTILINE):
+        found += re.findall(r"\w+", names)
+    return [name.split(".")[0] for name in found]
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_downward_only(path: Path) -> None:
+    module = module_of(path)
+    assert module in MAY_IMPORT, f"{module} has no floor yet: name it in MAY_IMPORT"
+    for name, for_checking in imports_of(path):
+        if (PACKAGE / f"{name}.py").exists() or (PACKAGE / f"{name}.pyx").exists() or (PACKAGE / name).is_dir():
+            assert for_checking or name in MAY_IMPORT[module] - ({"_cancel"} if module == "errors" else set()), name
+
+
+@pytest.mark.parametrize("path", cython_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_compiled_module_imports_downward_only(path: Path) -> None:
+    allowed = MAY_IMPORT[module_of(path)]
+    for name in cimports_of(path):
+        if path.parent.name != "_lib":
+            assert name in allowed | {module_of(path)}, name
+
+
+@pytest.mark.parametrize(("below", "above"), [("_model", "_context"), ("_context", "_memory")])
+def test_what_is_above_is_imported_only_where_it_is_made(below: str, above: str) -> None:
+    text = (PACKAGE / f"{below}.pyx").read_text()
+    assert set(re.findall(rf"^( *)from \.(?:{above}| import {above})\b", text, re.MULTILINE)) <= {" " * 8}
+    assert f"from .{above} cimport" not in text
+
+
+def test_the_scheduler_is_pure_python() -> None:
+    for path in (PACKAGE / "scheduler").rglob("*"):
+        assert path.suffix in ("", ".py", ".typed") or "__pycache__" in path.parts, path
+        if path.suffix == ".py":
+            assert not [name for name, _ in imports_of(path) if name.startswith("_") or name in ("batch", "engine")], (
+                path
+            )
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*python_files(), *cython_files(), *NATIVE.glob("*.?pp"), *PACKAGE.glob("*.pyi")]),
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_no_module_is_above_about_700_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 700
+
+
+@pytest.mark.parametrize("name", ["clock.hpp", "token.hpp", "call.hpp"])
+def test_the_cancel_core_knows_neither_python_nor_llama_cpp(name: str) -> None:
+    seen, todo = set(), [name]
+    while todo:
+        path = NATIVE / todo.pop()
+        seen.add(path.name)
+        for include in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE):
+            assert "Python.h" not in include
+            assert not include.startswith(LLAMA), include
+            if (NATIVE / include).exists() and include not in seen:
+                todo.append(include)
+    assert seen <= {"clock.hpp", "token.hpp", "call.hpp"}
+
+
+def test_native_code_never_includes_python() -> None:
+    for path in NATIVE.glob("*.?pp"):
+        assert "Python.h" not in re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text()), path
+
+
+def test_headers_hold_no_statics_of_their_own() -> None:
+    for path in NATIVE.glob("*.hpp"):
+        code = re.sub(r"//.*", "", path.read_text())
+        assert "thread_local" not in code, path
+        for line in code.splitlines():
+            assert not re.match(r"\s*static\s+(?!constexpr|const\b)[\w:<>*& ]+\s+\w+\s*(=|;|\{)", line), (
+                f"{path}: {line}"
+            )
+
+
+def test_one_extension_links_llama_cpp() -> None:
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    linked = re.findall(r"target_link_libraries\((\w+)[^)]*\b(?:llamacancel_llama|llama|ggml)\b[^)]*\)", cmake)
+    assert linked == ["_llama"]
+
+
+def test_the_cancel_extension_declares_nothing_of_llama_cpp() -> None:
+    for name in ("_cancel.pyx", "_cancel.pxd", "_lib/token.pxd"):
+        assert not re.search(r"llama\.h|ggml|_lib\.(llama|box)|_llama", (PACKAGE / name).read_text()), name
+
+
+def test_the_public_names_are_those_of_the_package() -> None:
+    import llamacancel
+
+    assert sorted(llamacancel.__all__) == sorted(set(llamacancel.__all__))
+    for name in llamacancel.__all__:
+        assert getattr(llamacancel, name) is not None
+    assert {name for name in vars(llamacancel) if name[0].isupper()} <= set(llamacancel.__all__)
+
+
+def test_the_library_never_prints() -> None:
+    allowed = {"cli", "demo", "make_model", "server", "__main__"}
+    for path in python_files():
+        if module_of(path) not in allowed:
+            calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+            assert not [node for node in calls if ast.unparse(node.func) == "print"], path
+    for path in cython_files():
+        assert not re.search(r"^\s*print\(", path.read_text(), re.MULTILINE), path

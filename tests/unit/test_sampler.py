@@ -1,0 +1,244 @@
+"""What a Sampler chooses: its options, its state, its grammar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import llamacancel as lc
+from tests.conftest import batch_of, prompt
+
+LoadedModel = Callable[[str], lc.Model]
+NewContext = Callable[..., lc.Context]
+
+
+@pytest.fixture
+def ctx(model_of: LoadedModel, new_context: NewContext) -> lc.Context:
+    """A context with logits to choose from: those of the last row, and of row 3."""
+    context = new_context("llama")
+    batch = lc.Batch(12)
+    for i, token in enumerate(prompt(model_of("llama"), 12)):
+        batch.add(int(token), i, 0, logits=i in (3, 11))
+    context.decode(batch)
+    return context
+
+
+def chosen(sampler: lc.Sampler, ctx: lc.Context, n: int = 30) -> list[int]:
+    return [sampler.sample(ctx) for _ in range(n)]
+
+
+def ranked(ctx: lc.Context) -> list[int]:
+    return [int(t) for t in np.argsort(-ctx.logits(), kind="stable")]
+
+
+def test_a_temperature_of_zero_takes_the_most_likely(ctx: lc.Context) -> None:
+    for temperature in (0, -1.0):
+        sampler = lc.Sampler(temperature=temperature, seed=1)
+        assert set(chosen(sampler, ctx)) == {int(np.argmax(ctx.logits()))}
+        assert sampler.sample(ctx, 3) == sampler.sample(ctx, -2) == int(np.argmax(ctx.logits(3)))
+
+
+def test_a_seed_gives_the_same_choices_again(ctx: lc.Context) -> None:
+    options = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    first = chosen(lc.Sampler(**options, seed=7), ctx)  # type: ignore[arg-type]
+    assert chosen(lc.Sampler(**options, seed=7), ctx) == first  # type: ignore[arg-type]
+    assert chosen(lc.Sampler(**options, seed=8), ctx) != first  # type: ignore[arg-type]
+    assert len(set(first)) > 5
+    assert chosen(lc.Sampler(**options), ctx) != chosen(lc.Sampler(**options), ctx)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 2])
+def test_every_seed_is_a_seed(seed: int, ctx: lc.Context) -> None:
+    assert chosen(lc.Sampler(temperature=2.0, top_k=0, seed=seed), ctx) == chosen(
+        lc.Sampler(temperature=2.0, top_k=0, seed=seed), ctx
+    )
+
+
+def test_reset_begins_again(ctx: lc.Context) -> None:
+    sampler = lc.Sampler(temperature=1.5, top_k=0, seed=3, repeat_penalty=1.3)
+    first = chosen(sampler, ctx)
+    assert chosen(sampler, ctx) != first
+    sampler.reset()
+    assert chosen(sampler, ctx) == first
+    lc.Sampler().reset()
+
+
+def test_a_clone_goes_on_from_the_same_state(ctx: lc.Context) -> None:
+    sampler = lc.Sampler(temperature=1.5, top_k=0, seed=3, repeat_penalty=1.3)
+    chosen(sampler, ctx, 5)
+    clone = sampler.clone()
+    following = chosen(sampler, ctx)
+    assert chosen(clone, ctx) == following
+    clone.reset()
+    sampler.reset()
+    assert chosen(clone, ctx) == chosen(sampler, ctx)
+
+
+def test_an_unbound_sampler_can_be_cloned(ctx: lc.Context) -> None:
+    sampler = lc.Sampler(temperature=1.0, seed=4)
+    assert chosen(sampler.clone(), ctx) == chosen(sampler, ctx)
+
+
+WILD = {"temperature": 4.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 11}
+
+
+@pytest.mark.parametrize(("option", "most"), [
+    ({"top_k": 1}, 1), ({"top_k": 3}, 3), ({"top_p": 0.0}, 1), ({"min_p": 1.0}, 1), ({"typical_p": 0.001}, 60),
+    ({"top_n_sigma": 0.01}, 2),
+])  # fmt: skip
+def test_a_truncation_leaves_few_tokens(option: dict[str, float], most: int, ctx: lc.Context) -> None:
+    free = set(chosen(lc.Sampler(**WILD), ctx, 60))  # type: ignore[arg-type]
+    kept = set(chosen(lc.Sampler(**{**WILD, **option}), ctx, 60))  # type: ignore[arg-type]
+    assert len(free) > 55
+    assert 1 <= len(kept) <= most
+
+
+def test_top_k_keeps_the_most_likely(ctx: lc.Context) -> None:
+    assert set(chosen(lc.Sampler(**{**WILD, "top_k": 4}), ctx, 200)) == set(ranked(ctx)[:4])  # type: ignore[arg-type]
+
+
+def test_min_keep_leaves_more_tokens(ctx: lc.Context) -> None:
+    assert len(set(chosen(lc.Sampler(**{**WILD, "top_p": 0.0, "min_keep": 5}), ctx, 200))) == 5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", [
+    {"temperature": 0.1}, {"dynatemp_range": 3.9}, {"dynatemp_range": 3.9, "dynatemp_exponent": 5.0},
+    {"repeat_penalty": 5.0},
+    {"frequency_penalty": 5.0}, {"presence_penalty": 20.0}, {"xtc_probability": 1.0, "xtc_threshold": 0.0},
+    {"mirostat": 1}, {"mirostat": 2}, {"mirostat": 2, "mirostat_tau": 1.0}, {"mirostat": 1, "mirostat_eta": 0.9},
+    {"logit_bias": {5: 50.0}}, {"repeat_penalty": 5.0, "penalty_last_n": 1}, {"seed": 12}, {"top_k": 2},
+])  # fmt: skip
+def test_each_option_has_an_effect(option: dict[str, object], ctx: lc.Context) -> None:
+    base = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "seed": 11}
+    assert chosen(lc.Sampler(**{**base, **option}), ctx, 60) != chosen(lc.Sampler(**base), ctx, 60)  # type: ignore[arg-type]
+
+
+def test_a_repeat_penalty_makes_room_for_others(ctx: lc.Context) -> None:
+    seen = chosen(lc.Sampler(temperature=0, presence_penalty=100.0), ctx, 10)
+    assert seen == ranked(ctx)[:10]
+    assert chosen(lc.Sampler(temperature=0, presence_penalty=100.0, penalty_last_n=0), ctx, 3) == [seen[0]] * 3
+    assert chosen(lc.Sampler(temperature=0, presence_penalty=100.0, penalty_last_n=1), ctx, 4) == [seen[0], seen[1]] * 2
+
+
+def test_dry_breaks_a_loop(model_of: LoadedModel, ctx: lc.Context) -> None:
+    loop = [int(t) for t in model_of("llama").tokenize("one two three four ", add_special=False)] * 4
+    plain = lc.Sampler(temperature=0, logit_bias={loop[0]: 100.0}, model=model_of("llama"))
+    dry = lc.Sampler(
+        temperature=0,
+        logit_bias={loop[0]: 100.0},
+        dry_multiplier=500.0,
+        dry_allowed_length=1,
+        dry_breakers=(),
+        model=model_of("llama"),
+    )
+    for token in loop:
+        plain.accept(token)
+        dry.accept(token)
+    assert plain.sample(ctx) == loop[0]
+    assert dry.sample(ctx) != loop[0]
+
+
+def test_what_is_accepted_counts_like_what_was_chosen(model_of: LoadedModel, ctx: lc.Context) -> None:
+    best = ranked(ctx)[0]
+    sampler = lc.Sampler(temperature=0, presence_penalty=100.0)
+    sampler.accept(best, model=model_of("llama"))
+    assert sampler.sample(ctx) == ranked(ctx)[1]
+
+
+def test_a_bias_forbids_or_forces(ctx: lc.Context) -> None:
+    best = ranked(ctx)[:3]
+    assert lc.Sampler(temperature=0, logit_bias=dict.fromkeys(best, -math.inf)).sample(ctx) == ranked(ctx)[3]
+    assert lc.Sampler(temperature=0, logit_bias={77: 1000.0}).sample(ctx) == 77
+    assert lc.Sampler(temperature=0, logit_bias={np.int32(77): np.float32(1000)}).sample(ctx) == 77
+    assert set(chosen(lc.Sampler(**WILD, logit_bias={77: 1000.0}), ctx)) == {77}  # type: ignore[arg-type]
+
+
+# -- grammar
+
+
+def generate(model: lc.Model, context: lc.Context, sampler: lc.Sampler, n: int = 40) -> str:
+    """Text that follows the context's prompt."""
+    tokens: list[int] = []
+    pos = context.memory.pos_max(0) + 1
+    while len(tokens) < n:
+        token = sampler.sample(context)
+        if model.is_eog(token):
+            break
+        tokens.append(token)
+        context.decode(batch_of(np.array([token], np.int32), pos=pos))
+        pos += 1
+    return b"".join(model.token_to_piece(t) for t in tokens).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_a_grammar_restricts_the_text(temperature: float, model_of: LoadedModel, ctx: lc.Context) -> None:
+    grammar = 'root ::= ("yes" | "no") ", " [0-9]{3} "."'
+    text = generate(model_of("llama"), ctx, lc.Sampler(grammar=grammar, temperature=temperature, seed=5))
+    assert text[-4:-1].isdigit()
+    assert text[:-4] in ("yes, ", "no, ")
+    assert text.endswith(".")
+
+
+def test_a_grammar_with_other_scripts_works(model_of: LoadedModel, ctx: lc.Context) -> None:
+    text = generate(model_of("llama"), ctx, lc.Sampler(grammar='root ::= "日本" [あ-ん]{2}', temperature=1.0, seed=5))
+    assert text.startswith("日本")
+    assert len(text) == 4
+
+
+def test_a_grammar_can_begin_with_another_rule(model_of: LoadedModel, ctx: lc.Context) -> None:
+    sampler = lc.Sampler(grammar='root ::= "a"\nother ::= "b"', grammar_root="other")
+    assert generate(model_of("llama"), ctx, sampler) == "b"
+
+
+def test_a_grammar_begins_again_after_a_reset(model_of: LoadedModel, ctx: lc.Context) -> None:
+    sampler = lc.Sampler(grammar='root ::= "ab"', temperature=0)
+    assert generate(model_of("llama"), ctx, sampler) == "ab"
+    sampler.reset()
+    assert generate(model_of("llama"), ctx, sampler) == "ab"
+
+
+def test_a_clone_follows_the_grammar_from_where_it_was(model_of: LoadedModel, ctx: lc.Context) -> None:
+    sampler = lc.Sampler(
+        grammar='root ::= "a" "b" "c" [0-9]', temperature=0, logit_bias=_long_tokens(model_of("llama"))
+    )
+    model = model_of("llama")
+    assert model.token_to_piece(sampler.sample(ctx)) == b"a"
+    clone = sampler.clone()
+    assert [model.token_to_piece(s.sample(ctx)) for s in (sampler, clone, clone, sampler)] == [b"b", b"b", b"c", b"c"]
+
+
+def _long_tokens(model: lc.Model) -> dict[int, float]:
+    return {t: -math.inf for t in range(model.n_vocab) if len(model.token_to_piece(t)) > 1}
+
+
+# -- use
+
+
+def test_a_sampler_works_with_every_context_of_its_model(
+    model_of: LoadedModel, new_context: NewContext, ctx: lc.Context
+) -> None:
+    sampler = lc.Sampler(temperature=0, model=model_of("llama"))
+    other = new_context("llama")
+    other.decode(batch_of(prompt(model_of("llama"), 9, seed=3)))
+    assert sampler.sample(ctx) == int(np.argmax(ctx.logits()))
+    assert sampler.sample(other) == int(np.argmax(other.logits()))
+
+
+def test_a_sampler_outlives_the_model_that_it_is_bound_to(model_of: LoadedModel) -> None:
+    with lc.Model.load(model_of("llama").path) as model:
+        sampler = lc.Sampler(grammar='root ::= "a"', model=model)
+    sampler.accept(next(t for t in range(32000) if model_of("llama").token_to_piece(t) == b"a"))
+    del sampler, model
+
+
+def test_choosing_leaves_the_logits_as_they_were(ctx: lc.Context) -> None:
+    before = ctx.logits().tobytes()
+    chosen(lc.Sampler(temperature=2.0, repeat_penalty=2.0, logit_bias={3: 10.0}, seed=1), ctx)
+    assert ctx.logits().tobytes() == before
+
+
+def test_the_sampler_says_what_it_is() -> None:
+    assert repr(lc.Sampler(temperature=0.5, seed=3)) == "<Sampler temperature=0.5 seed=3>"
