@@ -23,6 +23,8 @@ import llamacancel as lc
 
 ROOT = Path(__file__).parents[2]
 
+NewContext = Callable[..., lc.Context]
+ModelPath = Callable[[str], Path]
 Part = tuple[Any, int, Any]
 """Tokens, the position of the first one, and the sequence (or sequences that share them)."""
 
