@@ -36,3 +36,11 @@ add_library(llamacancel_llama INTERFACE)
 target_link_libraries(llamacancel_llama INTERFACE llama)
 # The guarded decode reads llama.cpp's memory classes, which its public header does not declare.
 target_include_directories(llamacancel_llama SYSTEM INTERFACE ${llama_dir}/src)
+
+# vendor/patches lets a kernel look at the token inside a node. Another checkout does so only between two nodes.
+file(STRINGS ${llama_dir}/ggml/src/ggml-cpu/ggml-cpu-impl.h looks_inside_nodes REGEX ggml_cpu_aborted)
+if(looks_inside_nodes)
+    target_compile_definitions(llamacancel_llama INTERFACE LLAMACANCEL_LOOKS_INSIDE_NODES)
+else()
+    message(STATUS "llamacancel: ${llama_dir} is without vendor/patches; a cancel waits for the end of a graph node")
+endif()

@@ -98,8 +98,15 @@ def unpack(sdist: pathlib.Path, lock: dict, dest: pathlib.Path) -> None:
 
 def apply_patches(tree: pathlib.Path) -> None:
     """Apply our own patches, `vendor/patches/*.patch`, in the order of their names."""
+    # The tree lies inside our own repository, which git must not take for the one to patch.
+    env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.resolve().parent)}
     for patch in sorted((HERE / "patches").glob("*.patch")):
-        subprocess.run(["git", "apply", "--directory", ".", str(patch)], cwd=tree, check=True)
+        try:
+            subprocess.run(["git", "apply", str(patch)], cwd=tree, env=env, check=True, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise FetchError("git is needed to patch the llama.cpp sources: install it first") from None
+        except subprocess.CalledProcessError as error:
+            raise FetchError(f"{patch.name} does not apply:\n{error.stderr.strip()}") from None
 
 
 def stamp(lock: dict) -> str:

@@ -140,7 +140,7 @@ cdef class Context:
 
         cdef Cut cut
         cdef uint32_t limit = min(params.n_batch, <uint32_t> _LARGEST_UBATCH)
-        cdef NodeCost cost
+        cdef GapCost cost
         # Encoders and pooling read a sequence in one piece, whatever that takes.
         one_piece = model.memory_kind == "none" or not model_box.get().causal() or model.has_encoder or (embeddings and pooling != "none")
         if n_ubatch is not None:
@@ -152,7 +152,7 @@ cdef class Context:
             cut = Cut.exactly(limit)
         else:
             with nogil:
-                cost = model_box.get().node_cost(params.n_threads_batch)
+                cost = model_box.get().gap_cost(params.n_threads_batch)
             cut = Cut.choose(target, cost, limit)
 
         cdef string message
@@ -436,8 +436,8 @@ cdef class Context:
         cdef Cut cut = self.box.get().cut()
         if cut.fixed:
             return _params.LatencyPlan(None, cut.n_ubatch, cut.max_outputs, None, None)
-        return _params.LatencyPlan(cut.target, cut.n_ubatch, cut.max_outputs, cut.cost.seconds_per_row * cut.n_ubatch,
-                                   cut.cost.seconds_per_row_kv * 1000)
+        gap = cut.cost.seconds + cut.cost.seconds_per_row * cut.n_ubatch
+        return _params.LatencyPlan(cut.target, cut.n_ubatch, cut.max_outputs, gap, cut.cost.seconds_per_row_kv * 1000)
 
     def set_lora(self, adapters=()):
         """Use these LoRA adapters from the next call on: pairs of `LoraAdapter` and scale. None: no adapter."""

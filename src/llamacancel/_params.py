@@ -56,12 +56,12 @@ class LatencyPlan:
 
     Attributes:
         target: Seconds from cancel to return that were asked for; None if `n_ubatch` was given or nothing asked.
-        n_ubatch: Most rows computed between two checks of the whole graph.
+        n_ubatch: Most rows that are computed together.
         max_outputs: Most rows with logits in one ubatch.
-        node_seconds: What the costliest graph node is expected to take with `n_ubatch` rows, as measured
-            when the context was made: the CPU looks at the token after each node. None if not measured.
-        attention_seconds: What an attention node is expected to take for a row and 1,000 cells. Near the
-            end of a long context ubatches get smaller for it. None if not measured.
+        node_seconds: The longest time between two looks at the token that is expected with `n_ubatch` rows, as
+            measured when the model's first context was made. None if not measured.
+        attention_seconds: By how much it grows for a row and 1,000 cells that the row looks at. Near the end of
+            a long context ubatches may get smaller for it. None if not measured.
     """
 
     target: float | None

@@ -47,7 +47,8 @@ cdef extern from "cut.hpp" namespace "llamacancel" nogil:
         const int32_t * seq_id
         const int8_t * output
 
-    struct NodeCost:
+    struct GapCost:
+        double seconds
         double seconds_per_row
         double seconds_per_row_kv
         double seconds_per_output
@@ -58,9 +59,9 @@ cdef extern from "cut.hpp" namespace "llamacancel" nogil:
         uint32_t n_ubatch
         uint32_t max_outputs
         bool fixed
-        NodeCost cost
+        GapCost cost
         @staticmethod
-        Cut choose(double target, const NodeCost & cost, uint32_t limit) noexcept
+        Cut choose(double target, const GapCost & cost, uint32_t limit) noexcept
         @staticmethod
         Cut exactly(uint32_t n_ubatch) noexcept
         uint32_t rows_at(uint32_t n_kv) noexcept
@@ -145,7 +146,7 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         bool has_weights() noexcept
         bool causal() noexcept
         MemoryKind memory_kind() noexcept
-        NodeCost node_cost(int32_t n_threads) except +
+        GapCost gap_cost(int32_t n_threads) except +
         Status tokenize(const string & text, bool add_special, bool parse_special, vector[llama_token] & tokens,
                         string & message) except +
         Status detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special,

@@ -60,7 +60,7 @@ public:
     llama_context * make_context(const llama_context_params & params);
 
     // Measured on first use for a number of threads, so that all contexts of a model are cut alike.
-    NodeCost node_cost(int32_t n_threads);
+    GapCost gap_cost(int32_t n_threads);
 
 private:
     ModelBox(llama_model * model, bool on_cpu) : model_(model), on_cpu_(on_cpu) {}
@@ -73,7 +73,7 @@ private:
     MemoryKind memory_kind_ = MemoryKind::None;
     std::mutex making_;  // held while a context is made
     std::mutex cost_mutex_;
-    std::map<int32_t, NodeCost> cost_;
+    std::map<int32_t, GapCost> cost_;
 };
 
 // Looks at a GGUF file before llama.cpp does: what would end the process there is said here. "" if sound.

@@ -1,17 +1,12 @@
 #include "cut.hpp"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
+#include <array>
 #include <iterator>
-#include <map>
 #include <memory>
 #include <numeric>
-#include <tuple>
 
 #include "clock.hpp"
-#include "ggml-backend.h"
-#include "ggml-cpu.h"
 #include "guard.hpp"
 #include "llama-model.h"
 #include "llama.h"
@@ -21,141 +16,117 @@ namespace llamacancel {
 namespace {
 
 constexpr uint32_t kFewestRows = 8;
-constexpr int32_t kProbeRows = 32;
-constexpr int64_t kPassNs = 60'000'000;  // one pass over the first layers
+constexpr uint32_t kProbeCells = 1024;
+constexpr int32_t kFewProbeRows = 32, kProbeRows = 128;
+constexpr int64_t kPassNs = 100'000'000;  // at most, one pass over the first layers
+constexpr int64_t kProbeNs = 60'000'000;  // cheap passes are repeated this long
 constexpr int kPasses = 3, kMostPasses = 20;
-// The share of the target that one node may take. The rest is for the poll that has just missed the
-// cancel, for the repair, and for a machine that is busier than it was when we measured.
-constexpr double kNodeShare = 0.8;
+// The share of the target that may pass between two looks at the token. The rest is for the look that has
+// just missed the cancel, for the repair, and for a machine that is busier than it was when we measured.
+constexpr double kGapShare = 0.8;
 
 uint32_t round_down(double rows) {
     if (!(rows < 4096)) {
         return 4096;
     }
-    const uint32_t whole = static_cast<uint32_t>(rows);
+    const uint32_t whole = rows > 0 ? static_cast<uint32_t>(rows) : 0;
     const uint32_t step = whole >= 64 ? 16 : 8;  // kernels work on blocks of rows
     return std::max(kFewestRows, whole / step * step);
 }
 
-// Times each node of a graph through the scheduler's evaluation callback, which computes node by node. Of
-// nodes that are alike (those of the layers, and of several passes) the fastest counts: on a machine that
-// is busy with other things, the others tell of these things.
-struct Probe {
-    using Likeness = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t>;
+// A scratch context whose abort callback notes the longest times between two of its calls.
+class Probe {
+public:
+    Probe(llama_model * model, int32_t n_threads) {
+        llama_context_params params = llama_context_default_params();
+        params.n_ctx = kProbeCells;
+        params.n_batch = params.n_ubatch = kProbeRows;
+        params.n_seq_max = 1;
+        params.n_threads = params.n_threads_batch = n_threads;
+        params.abort_callback = on_poll;
+        params.abort_callback_data = this;
+        params.no_perf = true;
+        ctx_.reset(llama_init_from_model(model, params));
+    }
 
-    int64_t stop_ns = 0;
-    int64_t node_ns = 0;
-    std::map<Likeness, double> seconds;     // of nodes that depend on the rows alone
-    std::map<Likeness, double> kv_seconds;  // for each row and cell, where attention is done by matrix products
-    ggml_tensor * flash = nullptr;
+    // Seconds, for rows that follow `n_past` positions. A machine that is busy with other things adds gaps of
+    // its own: what a model does for long it does in every layer and every pass, so the third longest gap of
+    // the calmest pass counts. 0 if the model does not decode.
+    double longest_gap(int32_t n_rows, uint32_t n_past) {
+        if (!ctx_ || !pass(n_rows, n_past)) {  // the first one brings the weights into memory
+            return 0;
+        }
+        int64_t calmest = INT64_MAX;
+        const int64_t end_ns = now_ns() + kProbeNs;
+        for (int i = 0; i < kPasses || (i < kMostPasses && now_ns() < end_ns); ++i) {
+            pass(n_rows, n_past);
+            calmest = std::min(calmest, longest_ns_.back());
+        }
+        return calmest * 1e-9;
+    }
 
-    static bool on_node(ggml_tensor * node, bool ask, void * data) {
+private:
+    bool pass(int32_t n_rows, uint32_t n_past) {
+        llama_memory_t memory = llama_get_memory(ctx_.get());
+        if (memory) {
+            llama_memory_clear(memory, false);
+            for (llama_kv_cache * cache : Memory(memory, false).caches) {
+                pretend_to_hold(*cache, n_past);
+            }
+        }
+        std::vector<llama_token> tokens(n_rows);
+        std::iota(tokens.begin(), tokens.end(), 0);
+        std::vector<llama_pos> pos(n_rows);
+        std::iota(pos.begin(), pos.end(), llama_pos(n_past));
+        llama_batch batch = llama_batch_get_one(tokens.data(), n_rows);
+        batch.pos = pos.data();
+        longest_ns_.fill(0);
+        last_ns_ = now_ns();
+        stop_ns_ = last_ns_ + kPassNs;
+        const int status = llama_decode(ctx_.get(), batch);
+        note();
+        return status == 0 || status == 2;
+    }
+
+    void note() {
+        const int64_t now = now_ns();
+        int64_t gap = now - last_ns_;
+        for (int64_t & longest : longest_ns_) {
+            if (gap > longest) {
+                std::swap(gap, longest);
+            }
+        }
+        last_ns_ = now;
+    }
+
+    static bool on_poll(void * data) {
         Probe & probe = *static_cast<Probe *>(data);
-        if (ask) {
-            probe.node_ns = now_ns();
-            return true;
-        }
-        const double seconds = (now_ns() - probe.node_ns) * 1e-9;
-        if (node->op == GGML_OP_FLASH_ATTN_EXT) {
-            probe.flash = node;
-        } else if (node->op == GGML_OP_MUL_MAT && strncmp(node->name, "kq", 2) == 0) {
-            keep_least(probe.kv_seconds, node, seconds / (double(node->ne[0]) * node->ne[1]));
-        } else if (ggml_nrows(node) >= kProbeRows) {
-            keep_least(probe.seconds, node, seconds);
-        }
-        return !probe.over();
+        probe.note();
+        return probe.last_ns_ >= probe.stop_ns_;
     }
 
-    static void keep_least(std::map<Likeness, double> & least, const ggml_tensor * node, double seconds) {
-        const ggml_tensor * from = node->src[0] ? node->src[0] : node;
-        const Likeness key(node->op, node->ne[0], ggml_nrows(node), from->type, from->ne[0], from->ne[1]);
-        const auto known = least.try_emplace(key, seconds).first;
-        known->second = std::min(known->second, seconds);
-    }
-
-    static double costliest(const std::map<Likeness, double> & least) {
-        double most = 0;
-        for (const auto & [likeness, seconds] : least) {
-            most = std::max(most, seconds);
-        }
-        return most;
-    }
-
-    bool over() const { return now_ns() >= stop_ns; }
-    static bool on_abort(void * data) { return static_cast<Probe *>(data)->over(); }
+    std::unique_ptr<llama_context, decltype(&llama_free)> ctx_{nullptr, llama_free};
+    std::array<int64_t, 3> longest_ns_{};  // of a pass, the longest first
+    int64_t last_ns_ = 0, stop_ns_ = 0;
 };
-
-// Seconds that flash attention takes for each row and each cell it looks at, for heads of the node's shape.
-double time_flash_attention(const ggml_tensor * like, int32_t n_threads) {
-    constexpr int64_t n_kv = 512;
-    ggml_init_params params = {64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true};
-    std::unique_ptr<ggml_context, decltype(&ggml_free)> ctx(ggml_init(params), ggml_free);
-    std::unique_ptr<ggml_backend, decltype(&ggml_backend_free)> cpu(ggml_backend_cpu_init(), ggml_backend_free);
-    ggml_backend_cpu_set_n_threads(cpu.get(), n_threads);
-
-    const ggml_tensor * q0 = like->src[0];
-    const ggml_tensor * k0 = like->src[1];
-    const ggml_tensor * v0 = like->src[2];
-    ggml_tensor * q = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, q0->ne[0], kProbeRows, q0->ne[2]);
-    ggml_tensor * k = ggml_new_tensor_3d(ctx.get(), k0->type, k0->ne[0], n_kv, k0->ne[2]);
-    ggml_tensor * v = ggml_new_tensor_3d(ctx.get(), v0->type, v0->ne[0], n_kv, v0->ne[2]);
-    ggml_tensor * out = ggml_flash_attn_ext(ctx.get(), q, k, v, nullptr, 1.0f, 0.0f, 0.0f);
-    ggml_cgraph * graph = ggml_new_graph(ctx.get());
-    ggml_build_forward_expand(graph, out);
-    std::unique_ptr<ggml_backend_buffer, decltype(&ggml_backend_buffer_free)> buffer(
-        ggml_backend_alloc_ctx_tensors(ctx.get(), cpu.get()), ggml_backend_buffer_free);
-    if (!buffer) {
-        return 0;
-    }
-    ggml_backend_buffer_clear(buffer.get(), 0);
-    double best = HUGE_VAL;
-    for (int i = 0; i < 3; ++i) {
-        const int64_t start = now_ns();
-        ggml_backend_graph_compute(cpu.get(), graph);
-        best = std::min(best, (now_ns() - start) * 1e-9);
-    }
-    return best / (double(kProbeRows) * n_kv);
-}
 
 }  // namespace
 
-NodeCost measure_node_cost(llama_model * model, int32_t n_threads) {
-    NodeCost cost;
-    Probe probe;
+GapCost measure_gap_cost(llama_model * model, int32_t n_threads) {
     const bool always = true;
     QuietLog quiet(always);  // each pass is stopped on its way
-    llama_context_params params = llama_context_default_params();
-    params.n_ctx = 256;
-    params.n_batch = params.n_ubatch = kProbeRows;
-    params.n_seq_max = 1;
-    params.n_threads = params.n_threads_batch = n_threads;
-    params.cb_eval = Probe::on_node;
-    params.cb_eval_user_data = &probe;
-    params.abort_callback = Probe::on_abort;
-    params.abort_callback_data = &probe;
-    params.no_perf = true;
-    std::unique_ptr<llama_context, decltype(&llama_free)> ctx(llama_init_from_model(model, params), llama_free);
-    if (!ctx) {
-        return cost;
-    }
-    std::vector<llama_token> tokens(kProbeRows, 0);
-    std::iota(tokens.begin(), tokens.end(), 0);
-    const int64_t end_ns = now_ns() + kPasses * kPassNs;
-    for (int pass = 0; pass < 2 || (pass < kMostPasses && now_ns() < end_ns); ++pass) {
-        if (pass == 1) {
-            probe.seconds.clear();  // the first pass brought the weights into memory
-            probe.kv_seconds.clear();
-        }
-        probe.stop_ns = now_ns() + kPassNs;
-        llama_memory_clear(llama_get_memory(ctx.get()), true);
-        llama_decode(ctx.get(), llama_batch_get_one(tokens.data(), kProbeRows));
-    }
-    cost.seconds_per_row = Probe::costliest(probe.seconds) / kProbeRows;
-    cost.seconds_per_row_kv = Probe::costliest(probe.kv_seconds);
-    if (probe.flash) {
-        cost.seconds_per_row_kv = std::max(cost.seconds_per_row_kv, time_flash_attention(probe.flash, n_threads));
-    }
+    Probe probe(model, n_threads);
+    const double few = probe.longest_gap(kFewProbeRows, 0);
+    const double more = probe.longest_gap(kProbeRows, 0);
+    const uint32_t n_past = kProbeCells - kProbeRows;
+    const double far = probe.longest_gap(kProbeRows, n_past);
 
+    GapCost cost;
+    cost.seconds_per_row = std::max(0.0, more - few) / (kProbeRows - kFewProbeRows);
+    cost.seconds = std::max(0.0, more - kProbeRows * cost.seconds_per_row);
+    cost.seconds_per_row_kv = std::max(0.0, far - more) / (double(kProbeRows) * n_past);
+
+#ifndef LLAMACANCEL_LOOKS_INSIDE_NODES
     // The output matrix is as wide as the vocabulary; its rows are as many as the outputs asked for.
     double largest = 0;
     for (const auto & [name, tensor] : model->tensors_by_name) {
@@ -165,12 +136,13 @@ NodeCost measure_node_cost(llama_model * model, int32_t n_threads) {
     }
     const double output = double(llama_model_n_embd(model)) * llama_vocab_n_tokens(llama_model_get_vocab(model));
     cost.seconds_per_output = largest > 0 ? cost.seconds_per_row * output / largest : 0;
+#endif
     return cost;
 }
 
-double Cut::budget() const { return target * kNodeShare; }
+double Cut::budget() const { return target * kGapShare - cost.seconds; }
 
-Cut Cut::choose(double target, const NodeCost & cost, uint32_t limit) {
+Cut Cut::choose(double target, const GapCost & cost, uint32_t limit) {
     Cut cut;
     cut.target = target;
     cut.cost = cost;
@@ -187,10 +159,10 @@ Cut Cut::exactly(uint32_t n_ubatch) {
 }
 
 uint32_t Cut::rows_at(uint32_t n_kv) const {
-    if (fixed || cost.seconds_per_row_kv <= 0) {
+    if (fixed) {
         return n_ubatch;
     }
-    return std::min(n_ubatch, round_down(budget() / (cost.seconds_per_row_kv * n_kv)));
+    return std::min(n_ubatch, round_down(budget() / (cost.seconds_per_row + cost.seconds_per_row_kv * n_kv)));
 }
 
 Cutter::Cutter(const BatchView & batch, const Cut & cut, Split split, bool output_all, bool whole_sequences)

@@ -27,15 +27,17 @@ struct BatchView {
     const int32_t * seqs_end(int32_t row) const { return seq_id + seq_offset[row + 1]; }
 };
 
-// What one graph node costs in this model on this machine, measured once for a model and thread count.
-struct NodeCost {
-    double seconds_per_row = 0;     // of the costliest node that depends on the rows alone
-    double seconds_per_row_kv = 0;  // of an attention node, for each cell that it looks at
-    double seconds_per_output = 0;  // of the output matrix, estimated from its size
+// How long a decode computes at most between two looks at its token, as a function of what it computes. Measured once
+// for a model and thread count: llama.cpp as we patch it looks between blocks of a kernel, an unpatched one between nodes.
+struct GapCost {
+    double seconds = 0;             // however small the ubatch
+    double seconds_per_row = 0;     // and more for each row
+    double seconds_per_row_kv = 0;  // for each row and each cell that it looks at
+    double seconds_per_output = 0;  // for each row with logits, where a node is the least that can be stopped
 };
 
-// Runs a few dozen tokens through the first layers (at most about 0.2 s) and times each node.
-NodeCost measure_node_cost(llama_model * model, int32_t n_threads);
+// Runs some tokens through the first layers, a few times for at most 0.1 s each.
+GapCost measure_gap_cost(llama_model * model, int32_t n_threads);
 
 // The cut of one context, fixed when it is made.
 struct Cut {
@@ -43,10 +45,10 @@ struct Cut {
     uint32_t n_ubatch = 512;   // most rows in one ubatch
     uint32_t max_outputs = 0;  // most output rows in one ubatch
     bool fixed = false;        // n_ubatch was given: neither attention nor outputs cut it further
-    NodeCost cost;
+    GapCost cost;
 
     // Chooses for a CPU. `limit`: most rows that would ever be worth it.
-    static Cut choose(double target, const NodeCost & cost, uint32_t limit);
+    static Cut choose(double target, const GapCost & cost, uint32_t limit);
     static Cut exactly(uint32_t n_ubatch);
 
     // Most rows of a ubatch that looks at `n_kv` cells.

@@ -133,6 +133,14 @@ const char * name_of(MemoryKind kind) noexcept {
     return "other";
 }
 
+void pretend_to_hold(llama_kv_cache & cache, uint32_t n_cells) {
+    llama_kv_cells & cells = cells_of(cache).at(0);
+    for (uint32_t i = 0; i < std::min(n_cells, cells.size()); ++i) {
+        cells.pos_set(i, i);
+        cells.seq_add(i, 0);
+    }
+}
+
 Memory::Memory(llama_memory_i * memory, bool output_all) : memory(memory) {
     if (!memory) {
         return;

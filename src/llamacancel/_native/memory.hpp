@@ -48,6 +48,9 @@ struct Memory {
     llama_pos pos_max(llama_seq_id seq) const { return memory ? memory->seq_pos_max(seq) : -1; }
 };
 
+// Marks the first `n_cells` of an empty cache as positions of sequence 0, as if they had been decoded: for measuring.
+void pretend_to_hold(llama_kv_cache & cache, uint32_t n_cells);
+
 // The undo record of one stretch of work: the first content of every cell and row touched since begin().
 class Undo {
 public:

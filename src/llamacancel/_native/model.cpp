@@ -469,14 +469,14 @@ llama_context * ModelBox::make_context(const llama_context_params & params) {
     return llama_init_from_model(model_, params);
 }
 
-NodeCost ModelBox::node_cost(int32_t n_threads) {
+GapCost ModelBox::gap_cost(int32_t n_threads) {
     const InFlight in_flight;
     std::lock_guard<std::mutex> lock(cost_mutex_);
     const auto known = cost_.find(n_threads);
     if (known != cost_.end()) {
         return known->second;
     }
-    return cost_[n_threads] = measure_node_cost(model_, n_threads);
+    return cost_[n_threads] = measure_gap_cost(model_, n_threads);
 }
 
 }  // namespace llamacancel
