@@ -12,6 +12,7 @@ from ._model import LoraAdapter, Model
 from ._params import LatencyPlan
 from ._sampler import Sampler
 from .batch import Batch
+from .engine import Engine
 from .errors import (
     ClosedError,
     ContextBusyError,
@@ -30,7 +31,10 @@ from .errors import (
     SequenceOutcome,
     StateError,
 )
+from .generation import Embedding, Generation, GenerationResult, Piece, TokenInfo
 from .outcome import DecodeResult
+from .usage import Usage
+from .views import EngineSnapshot, RequestView, SlotView
 
 __version__ = "0.1.0"
 
@@ -47,6 +51,11 @@ __all__ = [
     "DecodeFailedError",
     "DecodeResult",
     "DirtySequenceError",
+    "Embedding",
+    "Engine",
+    "EngineSnapshot",
+    "Generation",
+    "GenerationResult",
     "InvalidBatchError",
     "LatencyPlan",
     "LlamaCancelError",
@@ -56,10 +65,15 @@ __all__ = [
     "MemoryFullError",
     "Model",
     "ModelLoadError",
+    "Piece",
     "QueueFullError",
+    "RequestView",
     "Sampler",
     "SequenceOutcome",
+    "SlotView",
     "StateError",
+    "TokenInfo",
+    "Usage",
     "__version__",
     "build_info",
 ]

@@ -1,0 +1,278 @@
+"""The engine's thread, and what it shares with those who submit and cancel."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+from ._cancel import CancelToken, Cause
+from .errors import ClosedError
+from .runner import Runner
+from .scheduler import Outcome, Plan, Request, Scheduler
+from .views import EngineSnapshot, RequestView, SlotView
+from .work import Registration, Work, ending_of
+
+__all__ = ["Core"]
+
+
+class Core:
+    """One thread that plans, runs and commits steps, until it is told to stop.
+
+    It knows nothing of the `Engine`, so that an engine that was forgotten can be collected. The scheduler is used under
+    `_lock`, which is never held while llama.cpp computes or somebody else's function is called.
+
+    Args:
+        scheduler: Decides.
+        runner: Computes.
+        history: Finished requests to remember.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, history: int) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.works = runner.works
+        self.token = CancelToken()
+        self.closing = False
+        self.failure: BaseException | None = None
+        self.steps = 0
+        self.schedule_seconds = self.run_seconds = self.commit_seconds = 0.0
+        self.listeners: list[Registration] = []
+        self._recent: deque[RequestView] = deque(maxlen=history)
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)
+        self._news: deque[tuple[Work, RequestView | None]] = deque()
+        self._telling = threading.Lock()
+        self._thread = threading.Thread(target=self._main, name="llamacancel-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    # -- the engine's thread
+
+    def _main(self) -> None:
+        try:
+            while (plan := self._schedule()) is not None:
+                self._commit(self._run(plan))
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            self.runner.close()
+
+    def _schedule(self) -> Plan | None:
+        """The next step. Sleeps while there is none; None when the engine is to stop."""
+        with self._wake:
+            while True:
+                began = time.perf_counter()
+                plan = self.scheduler.plan(time.monotonic())
+                self._take_changes()
+                self.schedule_seconds += time.perf_counter() - began
+                if plan:
+                    break
+                if self.closing and self.scheduler.idle:
+                    return None
+                if self._news:
+                    break
+                self._wake.wait()
+        self._tell()
+        return plan
+
+    def _run(self, plan: Plan) -> Outcome | None:
+        if not plan:
+            return None
+        began = time.perf_counter()
+        outcome = self.runner.run(plan)
+        self.run_seconds += time.perf_counter() - began
+        return outcome
+
+    def _commit(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        began = time.perf_counter()
+        with self._lock:
+            self.scheduler.commit(outcome, time.monotonic())
+            self.steps += 1
+            self._take_changes()
+            for slot in outcome.sampled:
+                request = self.scheduler.active.get(slot)
+                if request is not None and self.works[request.id]._notify:
+                    self._news.append((self.works[request.id], None))
+        self._tell()
+        self.commit_seconds += time.perf_counter() - began
+
+    def _fail(self, error: BaseException) -> None:
+        """The engine cannot go on: everybody is told why."""
+        with self._lock:
+            self.failure = error
+            self.closing = True
+            ended = ClosedError(f"the engine failed: {type(error).__name__}: {error}")
+            ended.__cause__ = error
+            self.scheduler.abandon(ended, time.monotonic())
+            self._take_changes()
+        self._tell()
+
+    # -- any thread
+
+    def submit(self, make_work: Callable[[CancelToken], Work]) -> Work:
+        """Queue the work that `make_work` makes with the engine's token.
+
+        Raises:
+            ClosedError: If the engine is closed or failed.
+            QueueFullError: If the queue is full.
+            ValueError: If an unfinished request has that id.
+        """
+        with self._lock:
+            self.check_open()
+        work = make_work(self.token)
+        request = work._request
+        with self._wake:
+            self.check_open()
+            if request.id in self.works:
+                raise ValueError(f"there is an unfinished request {request.id!r}")
+            self.scheduler.submit(request, time.monotonic())
+            self.works[request.id] = work
+            self._take_changes()
+            self._wake.notify()
+        this = weakref.ref(self)
+
+        def cancelled() -> None:
+            core = this()
+            if core is not None:
+                core.cancelled(work)
+
+        # Outside of the lock: a token that is cancelled by now calls at once.
+        handle = work._token.add_callback(cancelled)
+        work._callback = handle
+        if work._ended:
+            handle.remove()
+        self._tell()
+        return work
+
+    def cancelled(self, work: Work) -> None:
+        """The token of `work` was cancelled."""
+        with self._wake:
+            self.scheduler.cancel(work.id, ending_of(work._token), time.monotonic())
+            self._take_changes()
+            self._wake.notify()
+        self._tell()
+
+    def close(self) -> None:
+        """Refuse new work, and stop once all that was accepted is finished."""
+        with self._wake:
+            self.closing = True
+            self._wake.notify()
+
+    def stop(self) -> None:
+        """Refuse new work, and end what was accepted with "shutdown"."""
+        self.close()
+        self.token.cancel("the engine closes", cause=Cause.SHUTDOWN)
+
+    def join(self, timeout: float | None) -> bool:
+        """Wait for the thread's end; True if it has come."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether it is the engine's thread that asks."""
+        return self._thread is threading.current_thread()
+
+    @property
+    def stopped(self) -> bool:
+        return not self._thread.is_alive()
+
+    def snapshot(self) -> EngineSnapshot:
+        with self._lock:
+            scheduler = self.scheduler
+            slots = tuple(
+                SlotView(seq.id, "idle", None, seq.held)
+                if seq.request is None
+                else SlotView(
+                    seq.id, "decode" if seq.request.state == "decode" else "prefill", seq.request.id, seq.held
+                )
+                for seq in scheduler.sequences[: scheduler.limits.slots]
+            )
+            return EngineSnapshot(
+                slots=slots,
+                queue=tuple(self.works[request.id].view() for request in scheduler.waiting()),
+                active=tuple(
+                    self.works[request.id].view() for request in (*scheduler.active.values(), *scheduler.embedding)
+                ),
+                recent=tuple(self._recent),
+                steps=self.steps,
+                queue_limit=scheduler.limits.queue_limit,
+                closing=self.closing,
+                cells_used=None if scheduler.cells.total is None else scheduler.cells.used,
+                cells=scheduler.cells.total,
+                schedule_seconds=self.schedule_seconds,
+                run_seconds=self.run_seconds,
+                commit_seconds=self.commit_seconds,
+                decode_seconds=self.runner.decode_seconds,
+            )
+
+    def check_open(self) -> None:
+        if self.failure is not None:
+            raise ClosedError(f"the engine failed: {type(self.failure).__name__}: {self.failure}") from self.failure
+        if self.closing:
+            raise ClosedError("the engine is closed")
+
+    # -- telling
+
+    def _take_changes(self) -> None:
+        """Under the lock: what became of requests since it was last asked."""
+        changes = self.scheduler.changes
+        if not changes:
+            return
+        self.scheduler.changes = []
+        now = time.monotonic()
+        for request in changes:
+            self._take_change(request, now)
+
+    def _take_change(self, request: Request, now: float) -> None:
+        work = self.works.get(request.id)
+        if work is None or work._request is not request:
+            return
+        if request.state == "finished":
+            del self.works[request.id]
+            work._end(now)
+            view = work.view()
+            self._recent.append(view)
+        elif not self.listeners:
+            return
+        else:
+            view = work.view()
+        self._news.append((work, view))
+
+    def _tell(self) -> None:
+        """Calls listeners and readers, in order and one at a time, without the lock.
+
+        If another thread is at it, that one tells our news, too.
+        """
+        while self._news and self._telling.acquire(blocking=False):
+            try:
+                while self._news:
+                    work, view = self._news.popleft()
+                    if view is not None:
+                        for listener in tuple(self.listeners):
+                            _call(listener.fn, view)
+                    if view is None or view.state == "finished":
+                        for entry in tuple(work._notify):
+                            _call(entry.fn)
+            finally:
+                self._telling.release()
+
+
+def _call(fn: Callable[..., object], *args: object) -> None:
+    """Calls somebody else's function; what it raises goes to `sys.unraisablehook`, as a callback's does."""
+    try:
+        fn(*args)
+    except Exception as error:
+        sys.unraisablehook(
+            types.SimpleNamespace(
+                exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__, err_msg=None, object=fn
+            )
+        )

@@ -1,0 +1,376 @@
+"""The engine: many requests at a time on one model, each of which can be cancelled alone."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import uuid
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ._cancel import CancelToken
+from ._model import Model
+from ._params import integer, number
+from ._sampler import Sampler
+from .core import Core
+from .errors import ClosedError, InvalidBatchError
+from .generation import Embedding, Generation, Vocabulary
+from .runner import Runner, rules_of
+from .scheduler import Limits, Request, Scheduler
+from .views import EngineSnapshot, RequestView
+from .work import Registration, Work
+
+if TYPE_CHECKING:
+    from ._context import Pooling
+
+__all__ = ["Engine"]
+
+_INT32 = 2**31 - 1
+
+
+class Engine:
+    """Runs many requests on one model: continuous batching in the slots of one context.
+
+    Requests join and leave at every step, and the steps are kept short. Each has a token of its own, so that cancelling
+    one stops that one alone, wherever it is: in the queue, in its prompt, between two tokens. What it has computed
+    stays in memory as long as there is room, and a request that begins with the same tokens goes on from there.
+
+    Safe to use from any thread. Close it, or use it in a `with` statement.
+
+    Args:
+        model: The model. It must not be closed before the engine.
+        slots: Requests that run at the same time.
+        queue_limit: Requests that may wait for a slot; a further one is refused with `QueueFullError`.
+        n_ctx: Cells of memory, which all slots share; None for what the model was trained for, at most 4,096.
+        n_batch: Most rows of a step, and most tokens of a text to embed.
+        n_ubatch: Rows computed at a time. None: chosen from `cancel_latency`.
+        n_threads, n_threads_batch: As for `Context`.
+        cancel_latency: Seconds from a cancel to its slot being free to aim for, as for `Context`.
+        step_seconds: What a step should take at most while requests generate. Prompts are cut to fit beside them.
+            None: a step takes as much of the prompts as `n_batch` allows.
+        prefix_cache: Let requests take over what others that began with the same tokens have computed.
+        checkpoints: States of a model that cannot go back (a recurrent one, a sliding window) to keep for that, each
+            as large as the state of a slot. None: as many as slots.
+        aging: Seconds of waiting that are worth one level of priority.
+        history: Finished requests that `snapshot()` remembers.
+        pooling: How embeddings are pooled. None: as the model says, or "mean".
+        context_params: Further arguments of `Context`.
+
+    Raises:
+        ContextError: If llama.cpp cannot make such a context.
+        TypeError, ValueError: If an argument is none that it can be.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        slots: int = 4,
+        queue_limit: int = 64,
+        n_ctx: int | None = None,
+        n_batch: int = 2048,
+        n_ubatch: int | None = None,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        cancel_latency: float | None = 0.02,
+        step_seconds: float | None = 0.1,
+        prefix_cache: bool = True,
+        checkpoints: int | None = None,
+        aging: float = 5.0,
+        history: int = 256,
+        pooling: Pooling | None = None,
+        **context_params: Any,
+    ) -> None:
+        if not isinstance(model, Model):
+            raise TypeError(f"model must be a Model, not {type(model).__name__}")
+        self._pid = os.getpid()
+        self._model = model
+        self._slots = integer("slots", slots, 1, 256)
+        self._queue_limit = integer("queue_limit", queue_limit, 0, _INT32)
+        integer("history", history, 0, _INT32)
+        if checkpoints is not None:
+            integer("checkpoints", checkpoints, 0, 256 - self._slots)
+        if step_seconds is not None:
+            number("step_seconds", step_seconds, 1e-4)
+        number("aging", aging, 1e-3)
+        n_batch = max(integer("n_batch", n_batch, 1, _INT32), self._slots)
+        self._generates = model.memory_kind != "none" and not model.has_encoder
+        self._embeds = not (model.has_encoder and model.has_decoder)
+        params = {
+            "n_batch": n_batch,
+            "n_threads": n_threads,
+            "n_threads_batch": n_threads_batch,
+            "cancel_latency": cancel_latency,
+            **context_params,
+        }
+        rules = rules_of(
+            model,
+            slots=self._slots,
+            checkpoints=checkpoints if prefix_cache else 0,
+            unified=context_params.get("kv_unified", True),
+            swa_full=context_params.get("swa_full", False),
+        )
+        embed_rows = n_batch - n_batch % self._slots
+        self._embed_most = min(embed_rows, model.n_ctx_train)
+        make_context = functools.partial(
+            model.context, n_ctx=n_ctx, n_ubatch=n_ubatch, n_seq_max=self._slots + rules.checkpoints, **params
+        )
+        make_embedder = functools.partial(
+            model.context,
+            n_seq_max=self._slots,
+            embeddings=True,
+            pooling=pooling or _pooling_of(model),
+            **{**params, "n_ctx": embed_rows, "n_batch": embed_rows},
+        )
+        runner = Runner(make_context if self._generates else None, make_embedder)
+        limits = Limits(
+            slots=self._slots,
+            queue_limit=self._queue_limit,
+            n_ctx=runner.n_ctx,
+            n_batch=runner.n_batch,
+            n_ubatch=runner.n_ubatch,
+            step_seconds=step_seconds,
+            aging=aging,
+            embed_rows=embed_rows if self._embeds else 0,
+            embed_sequences=self._slots,
+            prefix_cache=prefix_cache,
+        )
+        self._n_ctx = runner.n_ctx
+        self._core = Core(Scheduler(limits, replace(rules, cells=runner.cells)), runner, history)
+        self._vocabulary = Vocabulary(model)
+        self._core.start()
+
+    # -- requests
+
+    def submit(
+        self,
+        prompt: str | ArrayLike,
+        *,
+        max_tokens: int | None = None,
+        sampler: Sampler | None = None,
+        timeout: float | None = None,
+        token: CancelToken | None = None,
+        priority: int = 0,
+        stop: str | Iterable[str] = (),
+        stop_tokens: Iterable[int] = (),
+        logprobs: int | None = None,
+        request_id: str | None = None,
+    ) -> Generation:
+        """Queue a prompt to be continued.
+
+        Args:
+            prompt: Text, or token ids.
+            max_tokens: Most tokens to generate; None: until the text ends or the context is full.
+            sampler: Chooses the tokens; the generation gets a clone of it. None: `Sampler()`.
+            timeout: Seconds from now for all of it: queue, prompt and generation.
+            token: Cancels it, with others perhaps.
+            priority: Higher goes first.
+            stop: A string, or several, before which the text ends.
+            stop_tokens: Tokens that end the text.
+            logprobs: Have each token told with its logarithmic probability and so many alternatives (0 to 20).
+            request_id: A name for `cancel()`; None for a fresh one.
+
+        Raises:
+            QueueFullError: If as many wait as may.
+            ClosedError: If the engine is closed.
+            InvalidBatchError: If the prompt is empty or longer than the context.
+            TypeError, ValueError: If an argument is none that it can be.
+        """
+        self._check_open()
+        if not self._generates:
+            raise ValueError(f"{self._model!r} does not generate: it is an encoder")
+        tokens = self._tokens_of(prompt)
+        if len(tokens) >= self._n_ctx:
+            raise InvalidBatchError(f"the prompt has {len(tokens)} tokens, and the context has room for {self._n_ctx}")
+        if max_tokens is not None:
+            integer("max_tokens", max_tokens, 1, _INT32)
+        if logprobs is not None:
+            integer("logprobs", logprobs, 0, 20)
+        if sampler is not None and not isinstance(sampler, Sampler):
+            raise TypeError(f"sampler must be a Sampler, not {type(sampler).__name__}")
+        request = Request(
+            _id_of(request_id), tokens, max_tokens=max_tokens, priority=integer("priority", priority, -_INT32, _INT32)
+        )
+        make = functools.partial(
+            Generation,
+            request,
+            vocabulary=self._vocabulary,
+            sampler=sampler.clone() if sampler is not None else Sampler(),
+            stop=_stops_of(stop),
+            stop_tokens=frozenset(integer("a stop token", each, 0, _INT32) for each in stop_tokens),
+            logprobs=logprobs,
+        )
+        return cast(Generation, self._accept(make, token, timeout))
+
+    def embed(
+        self,
+        prompt: str | ArrayLike,
+        *,
+        timeout: float | None = None,
+        token: CancelToken | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> Embedding:
+        """Queue a text to be embedded. Args and Raises as for `submit`."""
+        self._check_open()
+        if not self._embeds:
+            raise ValueError(f"{self._model!r} gives no embeddings: it is an encoder with a decoder")
+        tokens = self._tokens_of(prompt)
+        if len(tokens) > self._embed_most:
+            raise InvalidBatchError(
+                f"the text has {len(tokens)} tokens, and {self._embed_most} can be embedded at once"
+            )
+        request = Request(
+            _id_of(request_id), tokens, kind="embedding", priority=integer("priority", priority, -_INT32, _INT32)
+        )
+        return cast(Embedding, self._accept(functools.partial(Embedding, request), token, timeout))
+
+    def cancel(self, request_id: str, reason: str = "") -> bool:
+        """Cancel an unfinished request by its id. False if there is none."""
+        self._check_process()
+        work = self._core.works.get(request_id)
+        return work is not None and work.cancel(reason)
+
+    def snapshot(self) -> EngineSnapshot:
+        """Slots, queue and requests at this moment. From any thread, also after `close()`."""
+        self._check_process()
+        return self._core.snapshot()
+
+    def add_listener(self, fn: Callable[[RequestView], object]) -> Registration:
+        """Have `fn` called with a view of each request whose state has changed.
+
+        It is called by the engine's thread, or by one that submits or cancels; never two at a time, and in the order
+        of the changes. It must not block. What it raises goes to `sys.unraisablehook`.
+
+        Returns:
+            What to `remove()`.
+        """
+        return Registration(fn, self._core.listeners)
+
+    def close(self, drain: bool = True, timeout: float | None = 30.0) -> None:
+        """Refuse new work at once, and stop. Idempotent; from any thread.
+
+        Args:
+            drain: Finish what was accepted first. False: end it with "shutdown".
+            timeout: Seconds after which the rest ends with "shutdown", too; None for no limit.
+        """
+        if self._pid != os.getpid():
+            return
+        core = self._core
+        if drain:
+            core.close()
+            if core.is_this_thread or core.join(timeout):
+                return
+        core.stop()
+        if not core.is_this_thread:
+            core.join(None)
+
+    def __enter__(self) -> Engine:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(drain=error is None)
+
+    def __del__(self) -> None:
+        core = getattr(self, "_core", None)
+        if core is None or self._pid != os.getpid() or sys.is_finalizing() or core.stopped:
+            return
+        warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
+        core.stop()
+
+    def __repr__(self) -> str:
+        return f"<Engine {'closed' if self.closed else 'open'}, {self._slots} slots, of {self._model!r}>"
+
+    # -- facts
+
+    @property
+    def model(self) -> Model:
+        """The model."""
+        return self._model
+
+    @property
+    def closed(self) -> bool:
+        """True once it takes no new work."""
+        return self._core.closing
+
+    @property
+    def slots(self) -> int:
+        """Requests that run at the same time."""
+        return self._slots
+
+    @property
+    def queue_limit(self) -> int:
+        """Requests that may wait."""
+        return self._queue_limit
+
+    @property
+    def n_ctx(self) -> int:
+        """Most tokens of a request, prompt and answer."""
+        return self._n_ctx
+
+    # -- inside
+
+    def _accept(self, make: Callable[[CancelToken], Work], token: CancelToken | None, timeout: float | None) -> Work:
+        def with_token(engine: CancelToken) -> Work:
+            above = engine if token is None else CancelToken.any_of(token, engine)
+            return make(above.child(timeout=timeout))
+
+        return self._core.submit(with_token)
+
+    def _tokens_of(self, prompt: str | ArrayLike) -> list[int]:
+        if isinstance(prompt, str):
+            tokens = self._model.tokenize(prompt)
+        else:
+            tokens = np.asarray(prompt)
+            if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+                raise TypeError(f"a prompt is text or token ids, not {tokens.dtype} of shape {tokens.shape}")
+        n_vocab = self._model.n_vocab
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < n_vocab):
+            raise InvalidBatchError(f"the prompt has tokens outside of the vocabulary (0 to {n_vocab - 1})")
+        if not tokens.size:
+            raise InvalidBatchError("the prompt is empty")
+        return cast("list[int]", tokens.tolist())
+
+    def _check_open(self) -> None:
+        self._check_process()
+        self._core.check_open()
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise ClosedError(
+                f"the engine belongs to process {self._pid}, from which this one was forked: make a new one"
+            )
+
+
+def _id_of(request_id: str | None) -> str:
+    if request_id is None:
+        return f"req-{uuid.uuid4().hex}"
+    if not isinstance(request_id, str) or not request_id:
+        raise TypeError(f"request_id must be text, not {request_id!r}")
+    return request_id
+
+
+def _stops_of(stop: str | Iterable[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    for each in stops:
+        if not isinstance(each, str):
+            raise TypeError(f"a stop string is text, not {each!r}")
+        if not each:
+            raise ValueError("a stop string must not be empty")
+    return stops
+
+
+def _pooling_of(model: Model) -> Pooling | None:
+    """None if the model's file says how to pool, else "mean"."""
+    architecture = model.metadata.get("general.architecture", "")
+    return None if f"{architecture}.pooling_type" in model.metadata else "mean"

@@ -1,0 +1,239 @@
+"""A generation: the text and tokens of a request as they come, and an embedding, which comes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._cancel import CancelToken
+from ._context import Context
+from ._model import Model
+from ._sampler import Sampler
+from .scheduler import FinishReason, Request
+from .text import TextAssembler
+from .usage import Usage
+from .work import Work
+
+__all__ = ["Embedding", "Generation", "GenerationResult", "Piece", "TokenInfo", "Vocabulary"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """A token that was generated.
+
+    Attributes:
+        id: Its id.
+        piece: Its bytes, which may be part of a character.
+        logprob: Natural logarithm of the probability that the model gave it, before the sampler changed anything;
+            None if `logprobs` was not asked for.
+        top: The likeliest tokens in its place: id, bytes and logprob, the first one first.
+    """
+
+    id: int
+    piece: bytes
+    logprob: float | None = None
+    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+class Piece(str):
+    """Text that became final.
+
+    Attributes:
+        tokens: The tokens that it completes. Together the pieces of a generation have each of its tokens once.
+    """
+
+    __slots__ = ("tokens",)
+    tokens: tuple[TokenInfo, ...]
+
+    def __new__(cls, text: str, tokens: Iterable[TokenInfo] = ()) -> Piece:
+        piece = super().__new__(cls, text)
+        piece.tokens = tuple(tokens)
+        return piece
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A generation that came to its end.
+
+    Attributes:
+        text: The text, without the stop string.
+        tokens: The tokens of that text.
+        finish_reason: "stop" or "length".
+        stop_sequence: The stop string that ended it, if one did.
+        usage: Tokens and seconds.
+    """
+
+    text: str
+    tokens: tuple[TokenInfo, ...]
+    finish_reason: FinishReason
+    stop_sequence: str | None
+    usage: Usage
+
+
+class Vocabulary:
+    """The bytes of a model's tokens, looked up once."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._known: dict[int, tuple[bytes, bytes, bool]] = {}
+
+    def __getitem__(self, token: int) -> tuple[bytes, bytes, bool]:
+        """What a token adds to the text, its bytes with the names of control tokens, and whether it ends the text."""
+        known = self._known.get(token)
+        if known is None:
+            model = self._model
+            known = (model.token_to_piece(token, False), model.token_to_piece(token), model.is_eog(token))
+            self._known[token] = known
+        return known
+
+
+class Generation(Work):
+    """Text that is being generated. Made by `Engine.submit`.
+
+    Iterate over it for the pieces of text as they become final, or ask for its `result()`. It goes on by itself,
+    whether somebody reads or not, until it is finished or cancelled.
+    """
+
+    _what = "generation"
+
+    def __init__(
+        self,
+        request: Request,
+        token: CancelToken,
+        *,
+        vocabulary: Vocabulary,
+        sampler: Sampler,
+        stop: tuple[str, ...] = (),
+        stop_tokens: frozenset[int] = frozenset(),
+        logprobs: int | None = None,
+    ) -> None:
+        super().__init__(request, token)
+        self._vocabulary = vocabulary
+        self._sampler = sampler
+        self._stop_tokens = stop_tokens
+        self._logprobs = logprobs
+        self._assembler: TextAssembler[TokenInfo] = TextAssembler(stop)
+        self._pieces: list[Piece] = []
+        self._read = 0
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._pieces)
+
+    @property
+    def tokens(self) -> tuple[TokenInfo, ...]:
+        """The tokens of the text so far."""
+        return tuple(token for piece in self._pieces for token in piece.tokens)
+
+    @property
+    def stop_sequence(self) -> str | None:
+        """The stop string that ended it, if one did."""
+        return self._assembler.stopped
+
+    @property
+    def finished(self) -> bool:
+        """True once it has ended and all pieces were read."""
+        return self._ended and self._read >= len(self._pieces)
+
+    def poll(self) -> Piece | None:
+        """The next piece if there is one now; None if not, see `finished`."""
+        with self._changed:
+            at = self._read
+            if at >= len(self._pieces):
+                return None
+            self._read = at + 1
+            return self._pieces[at]
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        """The next piece; waits for it.
+
+        Raises:
+            DecodeCancelled: At the end, if it was cancelled; `DeadlineExceeded` if a deadline was the cause.
+            LlamaCancelError: At the end, if it failed.
+        """
+        self._await_or_stop(lambda: self._readable() or self._ended)
+        piece = self.poll()
+        if piece is not None:
+            return piece
+        self._raise()
+        raise StopIteration
+
+    def result(self, timeout: float | None = None) -> GenerationResult:
+        """Wait for the end, and tell all of it.
+
+        Raises:
+            TimeoutError: If it was not finished in time. It goes on.
+            DecodeCancelled: If it was cancelled.
+            LlamaCancelError: If it failed.
+        """
+        if not self._await_or_stop(lambda: self._ended, timeout):
+            raise TimeoutError(f"generation {self.id} was not finished within {timeout} s; it goes on")
+        self._raise()
+        assert self._request.finish_reason is not None
+        return GenerationResult(self.text, self.tokens, self._request.finish_reason, self.stop_sequence, self.usage)
+
+    # -- for the engine's thread
+
+    def _readable(self) -> bool:
+        return self._read < len(self._pieces)
+
+    def _choose(self, context: Context, row: int) -> tuple[int, bool]:
+        """Samples a token from an output row; tells whether it ends the text."""
+        token = self._sampler.sample(context, row)
+        text, name, is_end = self._vocabulary[token]
+        if is_end or token in self._stop_tokens:
+            return token, True
+        logprob, top = self._look_at(context.logits(row), token) if self._logprobs is not None else (None, ())
+        self._give(*self._assembler.feed(text, TokenInfo(token, name, logprob, top)))
+        return token, self._assembler.stopped is not None
+
+    def _look_at(self, logits: NDArray[np.float32], token: int) -> tuple[float, tuple[tuple[int, bytes, float], ...]]:
+        values = logits.astype(np.float64)
+        values -= values.max()
+        values -= np.log(np.exp(values).sum())
+        n = min(self._logprobs or 0, len(values))
+        best = np.argpartition(values, -n)[-n:] if n else np.empty(0, np.intp)
+        ordered = best[np.argsort(-values[best], kind="stable")]
+        top = tuple((int(i), self._vocabulary[int(i)][1], float(values[i])) for i in ordered)
+        return float(values[token]), top
+
+    def _give(self, text: str, tokens: list[TokenInfo]) -> None:
+        if text or tokens:
+            self._pieces.append(Piece(text, tokens))
+            self._wake()
+
+    def _end(self, now: float) -> None:
+        if self._request.finish_reason in ("stop", "length"):
+            self._give(*self._assembler.finish())
+        super()._end(now)
+
+
+class Embedding(Work):
+    """The embedding of a text. Made by `Engine.embed`."""
+
+    _what = "embedding"
+
+    def __init__(self, request: Request, token: CancelToken) -> None:
+        super().__init__(request, token)
+        self._vector: NDArray[np.float32] | None = None
+
+    def result(self, timeout: float | None = None) -> NDArray[np.float32]:
+        """Wait for it: float32 of shape (n_embd,).
+
+        Raises:
+            TimeoutError: If it was not there in time. It goes on.
+            DecodeCancelled: If it was cancelled.
+            LlamaCancelError: If it failed.
+        """
+        if not self._await_or_stop(lambda: self._ended, timeout):
+            raise TimeoutError(f"embedding {self.id} was not finished within {timeout} s; it goes on")
+        self._raise()
+        assert self._vector is not None
+        return self._vector

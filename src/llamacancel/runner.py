@@ -1,0 +1,239 @@
+"""Does what the scheduler has planned: the part of a step that computes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+from ._context import Context
+from ._model import Model
+from .batch import Batch
+from .errors import (
+    ContextBusyError,
+    DecodeCancelled,
+    DecodeFailedError,
+    DirtySequenceError,
+    InvalidBatchError,
+    MemoryFullError,
+    SequenceOutcome,
+)
+from .generation import Embedding, Generation
+from .scheduler import Clear, Copy, Cut, Fault, MemoryRules, Outcome, Plan, Rows, Sampled
+from .scheduler.plan import Action
+from .work import Work, ending_of
+
+__all__ = ["Runner", "rules_of"]
+
+_UNUSABLE = "the context is unusable"  # how the core says that an assertion has failed in it before
+
+
+def rules_of(model: Model, *, slots: int, checkpoints: int | None, unified: bool, swa_full: bool) -> MemoryRules:
+    """What the memory of a model's contexts can do; `cells` is filled in when there is a context.
+
+    Args:
+        model: The model.
+        slots: Requests that run at the same time.
+        checkpoints: States to keep beside them; None: as many as slots where a state cannot be cut back.
+        unified: One cache for all sequences.
+        swa_full: A sliding window keeps everything.
+    """
+    kind = str(model.memory_kind)
+    if kind == "attention" or (kind == "sliding_window" and swa_full):
+        return MemoryRules(cut=True, copy="part" if unified else "whole")
+    if kind in ("none", "other") or not unified:
+        return MemoryRules(cut=False, copy="nothing")
+    return MemoryRules(
+        cut=False,
+        window=model.n_swa if kind == "sliding_window" else 0,
+        copy="part" if kind == "sliding_window" else "whole",
+        checkpoints=slots if checkpoints is None else checkpoints,
+    )
+
+
+class Runner:
+    """Runs plans in a context, and batches of embeddings in another one that is made when the first comes.
+
+    Args:
+        make_context: Makes the context for generations.
+        make_embedder: Makes the context for embeddings.
+
+    Attributes:
+        works: The unfinished requests by id.
+        n_ctx, n_batch, n_ubatch: Of the context for generations.
+        cells: Cells that its sequences share; None if each has its own, or needs none.
+        decode_seconds: Time that llama.cpp has computed.
+    """
+
+    def __init__(self, make_context: Callable[[], Context] | None, make_embedder: Callable[[], Context]) -> None:
+        self._make_context = make_context
+        self._make_embedder = make_embedder
+        self.works: dict[str, Work] = {}
+        self.n_ctx = self.n_batch = self.n_ubatch = 1
+        self.cells: int | None = None
+        self._embedder: Context | None = None
+        self._embed_batch: Batch | None = None
+        self.decode_seconds = 0.0
+        if make_context is not None:
+            self.context = make_context()
+            self._memory = self.context.memory
+            self._batch = Batch(self.context.n_batch)
+            self.n_ctx, self.n_batch, self.n_ubatch = (
+                self.context.n_ctx_seq,
+                self.context.n_batch,
+                self.context.n_ubatch,
+            )
+            if self._memory.kind not in ("recurrent", "other") and self.n_ctx == self.context.n_ctx:
+                self.cells = self.n_ctx
+
+    def close(self) -> None:
+        """Free the contexts."""
+        if self._make_context is not None:
+            self.context.close()
+        if self._embedder is not None:
+            self._embedder.close()
+
+    def run(self, plan: Plan) -> Outcome:
+        """Does what is planned, and tells what came of it."""
+        outcome = Outcome()
+        for action in plan.actions:
+            self._act(action, outcome)
+        if plan.rows:
+            self._decode(plan, outcome)
+        if plan.embed:
+            self._embed(plan, outcome)
+        return outcome
+
+    # -- generations
+
+    def _act(self, action: Action, outcome: Outcome) -> None:
+        if isinstance(action, Clear):
+            self._memory.remove(action.seq)
+            return
+        try:
+            if isinstance(action, Cut):
+                done = self._memory.remove(action.seq, action.length)
+            else:
+                self._memory.copy(action.src, action.dst, 0, -1 if action.length is None else action.length)
+                done = self._memory.pos_max(action.dst) >= 0
+        except (ValueError, DirtySequenceError):
+            done = False
+        if not done:
+            self._lose(action.dst if isinstance(action, Copy) else action.seq, outcome)
+
+    def _lose(self, seq: int, outcome: Outcome) -> None:
+        self._memory.remove(seq)
+        outcome.lost.append(seq)
+
+    def _decode(self, plan: Plan, outcome: Outcome) -> None:
+        planned = [rows for rows in plan.rows if rows.slot not in outcome.lost] if outcome.lost else plan.rows
+        if not planned:
+            return
+        last_rows = self._fill(planned)
+        tokens = {rows.slot: self.works[rows.request.id]._token for rows in planned}
+        began = time.perf_counter()
+        try:
+            result = self.context.decode(self._batch, tokens, on_cancel="keep", abort_when=plan.abort_when)
+        except DecodeCancelled as error:
+            told, outcome.rows_done = error.sequences, error.rows_done
+            outcome.aborted = bool(error.survivors)
+        except (DecodeFailedError, MemoryFullError, InvalidBatchError, DirtySequenceError, ContextBusyError) as error:
+            self._failed(error, outcome)
+            return
+        else:
+            told, outcome.rows_done = result.sequences, result.rows_done
+        finally:
+            outcome.seconds = time.perf_counter() - began
+            self.decode_seconds += outcome.seconds
+        self._collect(planned, last_rows, told, outcome)
+
+    def _fill(self, planned: list[Rows]) -> list[int]:
+        """Puts the rows into the batch; the index of the last row of each."""
+        batch = self._batch
+        batch.clear()
+        last = []
+        for rows in planned:
+            start, tokens = rows.start, rows.request.tokens
+            if rows.count == 1:
+                last.append(batch.add(tokens[start], start, rows.slot, rows.output))
+            else:
+                chunk = tokens[start : start + rows.count]
+                last.append(batch.add_sequence(chunk, start, rows.slot, "last" if rows.output else "none").stop - 1)
+        return last
+
+    def _failed(self, error: Exception, outcome: Outcome) -> None:
+        outcome.error = error
+        if isinstance(error, DirtySequenceError):
+            for seq in error.seq_ids:
+                self._lose(seq, outcome)
+        elif isinstance(error, MemoryFullError):
+            outcome.fault = Fault.FULL
+        elif str(error).startswith(_UNUSABLE):
+            outcome.fault = Fault.BROKEN
+            self._renew()
+        else:
+            outcome.fault = Fault.FAILED
+
+    def _renew(self) -> None:
+        assert self._make_context is not None
+        self.context.close()
+        self.context = self._make_context()
+        self._memory = self.context.memory
+
+    def _collect(
+        self, planned: list[Rows], last_rows: list[int], told: dict[int, SequenceOutcome], outcome: Outcome
+    ) -> None:
+        for rows, row in zip(planned, last_rows, strict=True):
+            sequence = told[rows.slot]
+            request = rows.request
+            work = cast(Generation, self.works[request.id])
+            if sequence.cancelled:
+                outcome.cancelled[request.id] = ending_of(work._token)
+            if sequence.state == "dirty":
+                self._lose(rows.slot, outcome)
+                continue
+            outcome.held[rows.slot] = sequence.end
+            if not rows.output or sequence.cancelled or sequence.end < rows.start + rows.count:
+                continue
+            try:
+                token, stops = work._choose(self.context, row)
+            except Exception as error:
+                outcome.failed[request.id] = error
+            else:
+                outcome.sampled[rows.slot] = Sampled(token, stops)
+
+    # -- embeddings
+
+    def _embed(self, plan: Plan, outcome: Outcome) -> None:
+        if self._embedder is None:
+            self._embedder = self._make_embedder()
+            self._embed_batch = Batch(self._embedder.n_batch)
+        context, batch = self._embedder, self._embed_batch
+        assert batch is not None
+        batch.clear()
+        for seq, request in enumerate(plan.embed):
+            batch.add_sequence(request.tokens, seq_id=seq, logits="all")
+        tokens = {seq: self.works[request.id]._token for seq, request in enumerate(plan.embed)}
+        began = time.perf_counter()
+        told: dict[int, Any]
+        try:
+            told = context.decode(batch, tokens, abort_when="any").sequences
+        except DecodeCancelled as error:
+            told = error.sequences
+            outcome.aborted = bool(error.survivors)
+        except (DecodeFailedError, MemoryFullError, InvalidBatchError, DirtySequenceError, ContextBusyError) as error:
+            outcome.error, outcome.fault = error, Fault.FAILED
+            context.close()
+            self._embedder = None
+            return
+        finally:
+            self.decode_seconds += time.perf_counter() - began
+        for seq, request in enumerate(plan.embed):
+            work = cast(Embedding, self.works[request.id])
+            if told[seq].cancelled:
+                outcome.cancelled[request.id] = ending_of(work._token)
+            elif told[seq].state == "completed":
+                work._vector = context.pooled_embeddings(seq)
+                outcome.embedded.append(request.id)
+        if context.memory.kind != "none":
+            context.memory.clear()

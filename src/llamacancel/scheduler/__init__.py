@@ -1,0 +1,29 @@
+"""Decides which requests run, in which slots, and which rows each step computes. Pure Python, without llama.cpp."""
+
+from .cells import Cells
+from .plan import Clear, Copy, Cut, Fault, Outcome, Plan, Rows, Sampled
+from .policy import Limits, Pace
+from .prefix import MemoryRules
+from .request import FinishReason, Request, RequestState
+from .scheduler import Scheduler
+from .sequence import Sequence
+
+__all__ = [
+    "Cells",
+    "Clear",
+    "Copy",
+    "Cut",
+    "Fault",
+    "FinishReason",
+    "Limits",
+    "MemoryRules",
+    "Outcome",
+    "Pace",
+    "Plan",
+    "Request",
+    "RequestState",
+    "Rows",
+    "Sampled",
+    "Scheduler",
+    "Sequence",
+]

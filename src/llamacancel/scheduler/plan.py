@@ -1,0 +1,121 @@
+"""A step: what is to be done, and what came of it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .request import Request
+
+__all__ = ["Action", "Clear", "Copy", "Cut", "Fault", "Outcome", "Plan", "Rows", "Sampled"]
+
+
+@dataclass(slots=True, frozen=True)
+class Clear:
+    """Forget a sequence."""
+
+    seq: int
+
+
+@dataclass(slots=True, frozen=True)
+class Cut:
+    """Forget what a sequence holds beyond `length`."""
+
+    seq: int
+    length: int
+
+
+@dataclass(slots=True, frozen=True)
+class Copy:
+    """Give the empty sequence `dst` the first `length` of `src`; None: all of it."""
+
+    src: int
+    dst: int
+    length: int | None = None
+
+
+Action = Clear | Cut | Copy
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows of one request: `count` tokens from `start` on. A token is chosen from the last one if `output`."""
+
+    request: Request
+    slot: int
+    start: int
+    count: int
+    output: bool
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step.
+
+    Attributes:
+        actions: To be done first, in order.
+        rows: What to decode then.
+        embed: Requests to embed; a plan has rows or these.
+        abort_when: What a cancel of some of the rows does: "all" goes on without them, "any" stops the
+            step, to be run again without them.
+        n_prompt_rows: Rows that a prompt has more than one of in this step.
+        n_other_rows: Single rows: of running generations, and the last one of a prompt.
+    """
+
+    actions: list[Action] = field(default_factory=list)
+    rows: list[Rows] = field(default_factory=list)
+    embed: list[Request] = field(default_factory=list)
+    abort_when: Literal["all", "any"] = "all"
+    n_prompt_rows: int = 0
+    n_other_rows: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.actions or self.rows or self.embed)
+
+
+class Fault(enum.Enum):
+    """Why a step did nothing."""
+
+    FULL = "full"  # there was no room for it; the memory is as before
+    FAILED = "failed"  # it could not be computed; the memory is as before
+    BROKEN = "broken"  # the memory is lost, and another one is in its place, empty
+
+
+@dataclass(slots=True)
+class Sampled:
+    """A token that was chosen, and whether it ends the generation: the end of the text, or a stop."""
+
+    token: int
+    stops: bool = False
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of a plan.
+
+    Attributes:
+        held: Slot to the number of tokens that the memory holds there now, for the rows of the plan.
+        sampled: Slot to the token that was chosen.
+        embedded: Ids of the requests that were embedded.
+        cancelled: Ids of the requests that were found cancelled on the way, and how they end.
+        failed: Ids of requests that failed by themselves, and why.
+        lost: Sequences that hold nothing any more, because an action or a repair failed.
+        fault: Why the step did nothing, if it did not.
+        error: What it raised then.
+        aborted: The step was stopped early for those that were cancelled.
+        rows_done: Rows that were computed.
+        seconds: How long that took.
+    """
+
+    held: dict[int, int] = field(default_factory=dict)
+    sampled: dict[int, Sampled] = field(default_factory=dict)
+    embedded: list[str] = field(default_factory=list)
+    cancelled: dict[str, Literal["cancelled", "deadline", "shutdown"]] = field(default_factory=dict)
+    failed: dict[str, Exception] = field(default_factory=dict)
+    lost: list[int] = field(default_factory=list)
+    fault: Fault | None = None
+    error: Exception | None = None
+    aborted: bool = False
+    rows_done: int = 0
+    seconds: float = 0.0
