@@ -5,6 +5,7 @@ README tells what is promised and how it is tested.
 """
 
 from . import _library as _library
+from . import aio as aio
 from ._cancel import CancelToken, Cause
 from ._context import Context
 from ._llama import build_info

@@ -147,7 +147,7 @@ class Core:
         # Outside of the lock: a token that is cancelled by now calls at once.
         handle = work._token.add_callback(cancelled)
         work._callback = handle
-        if work._ended:
+        if work.ended:
             handle.remove()
         self._tell()
         return work

@@ -272,6 +272,11 @@ class Engine:
         if not core.is_this_thread:
             core.join(None)
 
+    def stop(self) -> None:
+        """Refuse new work, and end what was accepted with "shutdown". Waits for nothing; `close()` does."""
+        if self._pid == os.getpid():
+            self._core.stop()
+
     def __enter__(self) -> Engine:
         self._check_open()
         return self

@@ -137,7 +137,7 @@ class Generation(Work):
     @property
     def finished(self) -> bool:
         """True once it has ended and all pieces were read."""
-        return self._ended and self._read >= len(self._pieces)
+        return self.ended and self._read >= len(self._pieces)
 
     def poll(self) -> Piece | None:
         """The next piece if there is one now; None if not, see `finished`."""
@@ -158,11 +158,11 @@ class Generation(Work):
             DecodeCancelled: At the end, if it was cancelled; `DeadlineExceeded` if a deadline was the cause.
             LlamaCancelError: At the end, if it failed.
         """
-        self._await_or_stop(lambda: self._readable() or self._ended)
+        self._await_or_stop(lambda: self.readable or self.ended)
         piece = self.poll()
         if piece is not None:
             return piece
-        self._raise()
+        self.raise_if_failed()
         raise StopIteration
 
     def result(self, timeout: float | None = None) -> GenerationResult:
@@ -173,16 +173,18 @@ class Generation(Work):
             DecodeCancelled: If it was cancelled.
             LlamaCancelError: If it failed.
         """
-        if not self._await_or_stop(lambda: self._ended, timeout):
+        if not self._await_or_stop(lambda: self.ended, timeout):
             raise TimeoutError(f"generation {self.id} was not finished within {timeout} s; it goes on")
-        self._raise()
+        self.raise_if_failed()
         assert self._request.finish_reason is not None
         return GenerationResult(self.text, self.tokens, self._request.finish_reason, self.stop_sequence, self.usage)
 
-    # -- for the engine's thread
-
-    def _readable(self) -> bool:
+    @property
+    def readable(self) -> bool:
+        """Whether there is a piece that was not read."""
         return self._read < len(self._pieces)
+
+    # -- for the engine's thread
 
     def _choose(self, context: Context, row: int) -> tuple[int, bool]:
         """Samples a token from an output row; tells whether it ends the text."""
@@ -232,8 +234,8 @@ class Embedding(Work):
             DecodeCancelled: If it was cancelled.
             LlamaCancelError: If it failed.
         """
-        if not self._await_or_stop(lambda: self._ended, timeout):
+        if not self._await_or_stop(lambda: self.ended, timeout):
             raise TimeoutError(f"embedding {self.id} was not finished within {timeout} s; it goes on")
-        self._raise()
+        self.raise_if_failed()
         assert self._vector is not None
         return self._vector

@@ -50,6 +50,9 @@ class Work:
     """A request that an engine has accepted. Made by `Engine.submit` and `Engine.embed`.
 
     Safe to use from any thread. In a `with` statement it is cancelled at the end, if it is not finished by then.
+
+    Attributes:
+        ended: True once it is finished, its slot is free, and all that is to be told of it is there.
     """
 
     _what = "request"
@@ -61,7 +64,7 @@ class Work:
         self._waiting = 0
         self._notify: list[Registration] = []
         self._callback: CallbackHandle | None = None
-        self._ended = False
+        self.ended = False
         self._cause: Cause | None = None
         self._reason = ""
         self._cancel_latency: float | None = None
@@ -82,7 +85,7 @@ class Work:
     @property
     def finish_reason(self) -> FinishReason | None:
         """How it ended: "stop", "length", "cancelled", "deadline", "shutdown" or "error"; None while it has not."""
-        return self._request.finish_reason if self._ended else None
+        return self._request.finish_reason if self.ended else None
 
     @property
     def cause(self) -> Cause | None:
@@ -153,7 +156,7 @@ class Work:
         Returns:
             True for the first cancel of an unfinished request.
         """
-        return not self._ended and self._token.cancel(reason)
+        return not self.ended and self._token.cancel(reason)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is finished and its slot is free.
@@ -161,7 +164,7 @@ class Work:
         Returns:
             False if `timeout` seconds passed first.
         """
-        return self._await(lambda: self._ended, timeout)
+        return self._await(lambda: self.ended, timeout)
 
     def add_notify(self, fn: Callable[[], object]) -> Registration:
         """Have `fn()` called when there is something new to read, or the end has come; at once if that is so now.
@@ -169,7 +172,7 @@ class Work:
         It is called by the engine's thread or by one that cancels, never two at a time, and must not block.
         """
         entry = Registration(fn, self._notify)
-        if self._ended or self._readable():
+        if self.ended or self.readable:
             fn()
         return entry
 
@@ -179,7 +182,7 @@ class Work:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._ended:
+        if not self.ended:
             self.cancel("left the with statement")
             self.wait()
 
@@ -188,7 +191,9 @@ class Work:
 
     # -- for those who build on it
 
-    def _readable(self) -> bool:
+    @property
+    def readable(self) -> bool:
+        """Whether there is something to read that was not read."""
         return False
 
     def _await(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
@@ -225,11 +230,11 @@ class Work:
             self._callback.remove()
             self._callback = None
         with self._changed:
-            self._ended = True
+            self.ended = True
             self._changed.notify_all()
 
-    def _raise(self) -> None:
-        """Raises what a reader is to be told at the end, if it did not end well."""
+    def raise_if_failed(self) -> None:
+        """Raise what a reader is to be told at the end, if it did not end well; do nothing otherwise."""
         if self._request.error is not None:
             raise self._request.error
         if self._request.finish_reason in ("cancelled", "deadline", "shutdown"):

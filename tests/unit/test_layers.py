@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": {"__init__", "server", "aio", "engine", "make_model", *ENGINE},
     "demo": {"__init__", "cli", "aio", "engine", "make_model", *ENGINE},
     "cli": {"server", "conformance", "generate", "demo", "aio", "engine", "make_model", "__init__", *ENGINE},
-    "__init__": {"engine", *ENGINE},
+    "__init__": {"aio", "engine", *ENGINE},
     "__main__": {"cli"},
 }
 LLAMA = ("llama.h", "llama-", "ggml", "gguf.h")
