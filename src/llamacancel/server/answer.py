@@ -1,0 +1,268 @@
+"""Runs what an HTTP request asks for and answers it, whole or as a stream, while watching whether its client is there.
+
+The answer ends only when the slots are free again, however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .. import aio
+from .._sampler import Sampler
+from ..errors import ClosedError, DecodeCancelled, LlamaCancelError, QueueFullError
+from ..generation import Piece
+from .disconnect import watched
+from .errors import NO_RETRY, ApiError, error_body
+from .service import Group, Service
+from .sse import DONE, EventStream
+
+__all__ = ["Choice", "Form", "GenerationResponse", "Job", "failure", "refusals"]
+
+
+@dataclass
+class Job:
+    """What the engine is to do: each prompt as often as there are samplers for it, in this order."""
+
+    prompts: Sequence[Sequence[int]]
+    samplers: Sequence[Sampler]
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    timeout: float | None = None
+
+    @property
+    def each(self) -> int:
+        """Answers for each prompt."""
+        return len(self.samplers) // len(self.prompts)
+
+
+class Choice(Protocol):
+    """One of the answers of a request, in the form of its endpoint."""
+
+    def feed(self, piece: Piece) -> Iterable[bytes]:
+        """The events of a piece of text."""
+
+    def end(self, finish_reason: str) -> Iterable[bytes]:
+        """The last events."""
+
+    def whole(self, text: str, tokens: Sequence[Any], finish_reason: str) -> dict[str, Any]:
+        """The answer in one."""
+
+
+class Form(Protocol):
+    """How an endpoint answers."""
+
+    endpoint: str
+    include_usage: bool
+
+    def choice(self, index: int) -> Choice:
+        """The form of an answer."""
+
+    def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        """The body of all answers."""
+
+    def usage_event(self, usage: dict[str, Any]) -> bytes:
+        """The event that tells the usage of a stream."""
+
+
+@contextlib.contextmanager
+def refusals(service: Service) -> Iterator[None]:
+    """Tells a refusal of the engine's as what it is over HTTP."""
+    try:
+        yield
+    except QueueFullError as error:
+        headers = {"retry-after": str(service.retry_after())}
+        raise ApiError(429, str(error), code="queue_full", headers=headers) from error
+    except ClosedError as error:
+        raise ApiError(503, "the server is shutting down", code="shutting_down") from error
+    except ValueError as error:
+        raise ApiError(400, str(error)) from error
+
+
+def usage_of(generations: Sequence[aio.Generation], each: int) -> dict[str, Any]:
+    """The usage of a request: a prompt with several answers counts once."""
+    firsts = [generation.usage for generation in generations[::each]]
+    prompt = sum(usage.prompt_tokens for usage in firsts)
+    completion = sum(generation.usage.completion_tokens for generation in generations)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in firsts)},
+    }
+
+
+@dataclass
+class _Run:
+    """The generations of a request and the forms of their answers."""
+
+    group: Group
+    generations: list[aio.Generation] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+
+
+class GenerationResponse(Response):
+    """Submits a job when it is sent, and answers with what comes of it.
+
+    Args:
+        service: The app's.
+        request_id: The id of the HTTP request.
+        job: What to generate.
+        form: How to tell it.
+        stream: As events, or whole.
+    """
+
+    def __init__(self, service: Service, request_id: str, job: Job, form: Form, *, stream: bool) -> None:
+        super().__init__()
+        self._service, self._id, self._job, self._form, self._stream = service, request_id, job, form, stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._service.group(self._id, self._form.endpoint) as group:
+            run = _Run(group)
+            try:
+                with refusals(self._service):
+                    self._submit(run)
+                async with watched(receive, group.hang_up):
+                    await (self._send_stream(run, send) if self._stream else self._send_whole(run, send))
+            except OSError:  # some servers tell a hang-up so when something is sent
+                group.hang_up()
+            finally:
+                group.cancel("the request was given up")
+                await group.settle()
+                self._service.count(group)
+
+    def _submit(self, run: _Run) -> None:
+        """Queue every generation, or none: whoever is refused takes those before it along."""
+        job = self._job
+        several = len(job.samplers) > 1
+        for index, sampler in enumerate(job.samplers):
+            generation = self._service.aio.submit(
+                job.prompts[index // job.each],
+                max_tokens=job.max_tokens,
+                sampler=sampler,
+                timeout=job.timeout,
+                stop=job.stop,
+                logprobs=job.logprobs,
+                request_id=f"{self._id}.{index}" if several else self._id,
+            )
+            run.generations.append(generation)
+            run.group.works.append(generation)
+            run.choices.append(self._form.choice(index))
+
+    # -- whole
+
+    async def _send_whole(self, run: _Run, send: Send) -> None:
+        for generation in run.generations:
+            with contextlib.suppress(LlamaCancelError):
+                await generation.result()
+        if run.group.disconnected:
+            return
+        error = failure(run.generations, partial=True)
+        if error is not None:
+            raise error
+        choices = [
+            choice.whole(generation.text, generation.tokens, generation.finish_reason or "error")
+            for choice, generation in zip(run.choices, run.generations, strict=True)
+        ]
+        body = self._form.answer(choices, usage_of(run.generations, self._job.each))
+        data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": data})
+
+    # -- stream
+
+    async def _send_stream(self, run: _Run, send: Send) -> None:
+        stream = EventStream(send)
+        await stream.start()
+        try:
+            if len(run.generations) == 1:
+                await self._pump(stream, run.generations[0], run.choices[0])
+            else:
+                await _all_of(
+                    [
+                        asyncio.create_task(self._pump(stream, generation, choice))
+                        for generation, choice in zip(run.generations, run.choices, strict=True)
+                    ]
+                )
+            last = b""
+            if self._form.include_usage:
+                last = self._form.usage_event(usage_of(run.generations, self._job.each))
+            await stream.end(last + DONE)
+        finally:
+            stream.stop()
+
+    async def _pump(self, stream: EventStream, generation: aio.Generation, choice: Choice) -> None:
+        """Send the pieces of one generation as they come, and how it ended."""
+        error: Exception | None = None
+        try:
+            async for piece in generation:
+                for data in choice.feed(piece):
+                    await stream.write(data)
+        except DecodeCancelled:
+            pass
+        except LlamaCancelError as failed:
+            error = failed
+        reason = generation.finish_reason or "error"
+        events = list(choice.end(reason))
+        if reason == "error":
+            events.append(event_of_failure(error))
+        await stream.write(b"".join(events))
+
+
+def event_of_failure(error: Exception | None) -> bytes:
+    """The event that tells that a generation failed."""
+    body = error_body(500, f"the generation failed: {error}", code="generation_failed")
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+async def _all_of(tasks: list[asyncio.Task[None]]) -> None:
+    """Wait for all tasks; if one fails or this one is cancelled, for the others' end, too."""
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+class _Ended(Protocol):
+    """A generation or embedding that has ended."""
+
+    @property
+    def finish_reason(self) -> str | None: ...
+    @property
+    def error(self) -> Exception | None: ...
+    @property
+    def reason(self) -> str: ...
+
+
+def failure(works: Sequence[_Ended], *, partial: bool) -> ApiError | None:
+    """What to answer if a request did not come to its end; None if it can be answered.
+
+    Args:
+        works: What it had the engine do, ended.
+        partial: Whether there is an answer if only some of it was cancelled.
+    """
+    reasons = [work.finish_reason for work in works]
+    if "error" in reasons:
+        failed = works[reasons.index("error")]
+        return ApiError(500, f"the generation failed: {failed.error}", code="generation_failed")
+    if "shutdown" in reasons:
+        return ApiError(503, "the server shut down before the answer was complete", code="shutting_down")
+    if "deadline" in reasons:
+        return ApiError(408, "the request's time was over before its answer", code="deadline", headers=NO_RETRY)
+    cancelled = [work for work in works if work.finish_reason == "cancelled"]
+    if len(cancelled) == len(works) or (cancelled and not partial):
+        why = f": {cancelled[0].reason}" if cancelled[0].reason else ""
+        return ApiError(499, f"the request was cancelled{why}", code="cancelled", headers=NO_RETRY)
+    return None

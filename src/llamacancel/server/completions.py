@@ -1,0 +1,122 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Request
+from starlette.responses import Response
+
+from ..generation import Piece, TokenInfo
+from . import answers
+from .answer import Choice, GenerationResponse, Job
+from .logprobs import completion_logprobs
+from .prompts import check_room, make_samplers, prompt_tokens
+from .schemas import CompletionBody
+from .service import Service
+from .sse import event
+
+__all__ = ["router"]
+
+ENDPOINT = "/v1/completions"
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's default for completions."""
+
+router = APIRouter(tags=["generate"])
+
+
+@router.post(
+    ENDPOINT,
+    response_model=answers.Completion,
+    responses=answers.STREAMED | answers.ERRORS | answers.GENERATION_ERRORS,
+    summary="Continue a text",
+)
+async def create_completion(
+    request: Request,
+    body: CompletionBody,
+    x_request_timeout: Annotated[str | None, Header(description="Seconds, as `timeout` in the body.")] = None,
+) -> Response:
+    """Continue one or several prompts. A client that hangs up cancels them."""
+    service: Service = request.app.state.service
+    timeout = service.timeout(body.timeout, x_request_timeout)
+    prompts = await prompt_tokens(service.model, body.prompt)
+    count = len(prompts) * (body.n or 1)
+    check_room(service.engine, prompts, count)
+    job = Job(
+        prompts=prompts,
+        samplers=await make_samplers(service.model, body, count, body.grammar),
+        max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
+        stop=body.stops,
+        logprobs=body.logprobs,
+        timeout=timeout,
+    )
+    form = _CompletionForm(
+        request.state.request_id,
+        service.model_name,
+        logprobs=body.logprobs is not None,
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+    )
+    return GenerationResponse(service, request.state.request_id, job, form, stream=bool(body.stream))
+
+
+class _CompletionForm:
+    """Answers as OpenAI's completions."""
+
+    endpoint = ENDPOINT
+
+    def __init__(self, request_id: str, model: str, *, logprobs: bool, include_usage: bool) -> None:
+        self.include_usage = include_usage
+        self.logprobs = logprobs
+        self.head: dict[str, Any] = {
+            "id": f"cmpl-{request_id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def choice(self, index: int) -> Choice:
+        return _CompletionChoice(self, index)
+
+    def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self.head, "choices": choices, "usage": usage}
+
+    def usage_event(self, usage: dict[str, Any]) -> bytes:
+        return event({**self.head, "choices": [], "usage": usage})
+
+
+class _CompletionChoice:
+    """One of the answers."""
+
+    def __init__(self, form: _CompletionForm, index: int) -> None:
+        self._form, self._index, self._offset = form, index, 0
+        head = json.dumps({**form.head, "choices": []}, separators=(",", ":"), ensure_ascii=False)
+        self._start = f'data: {head[:-2]}{{"index":{index},"text":'
+        self._end = "}]" + (',"usage":null' if form.include_usage else "") + "}\n\n"
+
+    def _event(self, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> bytes:
+        """What `event()` would make of it; most of it is the same for each piece."""
+        probs = "null" if logprobs is None else json.dumps(logprobs, separators=(",", ":"))
+        reason = "null" if finish_reason is None else f'"{finish_reason}"'
+        words = json.dumps(text, ensure_ascii=False)
+        return f'{self._start}{words},"logprobs":{probs},"finish_reason":{reason}{self._end}'.encode("utf-8", "replace")
+
+    def feed(self, piece: Piece) -> Iterable[bytes]:
+        if not piece and not self._form.logprobs:
+            return
+        logprobs = completion_logprobs(piece.tokens, self._offset) if self._form.logprobs else None
+        self._offset += len(piece)
+        yield self._event(str(piece), logprobs, None)
+
+    def end(self, finish_reason: str) -> Iterable[bytes]:
+        yield self._event("", None, finish_reason)
+
+    def whole(self, text: str, tokens: Sequence[TokenInfo], finish_reason: str) -> dict[str, Any]:
+        return {
+            "index": self._index,
+            "text": text,
+            "logprobs": completion_logprobs(tokens, 0) if self._form.logprobs else None,
+            "finish_reason": finish_reason,
+        }

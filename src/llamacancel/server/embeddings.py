@@ -1,0 +1,149 @@
+"""`POST /v1/embeddings`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Header, Request
+from numpy.typing import NDArray
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ..generation import Embedding
+from ..views import RequestView
+from . import answers
+from .answer import failure, refusals
+from .disconnect import watched
+from .errors import ApiError
+from .prompts import check_count, prompt_tokens
+from .schemas import EmbeddingsBody
+from .service import Group, Service
+
+__all__ = ["router"]
+
+ENDPOINT = "/v1/embeddings"
+
+router = APIRouter(tags=["generate"])
+
+
+@router.post(
+    ENDPOINT,
+    response_model=answers.EmbeddingList,
+    responses=answers.ERRORS | answers.GENERATION_ERRORS,
+    summary="Turn text into vectors",
+)
+async def create_embeddings(
+    request: Request,
+    body: EmbeddingsBody,
+    x_request_timeout: Annotated[str | None, Header(description="Seconds, as `timeout` in the body.")] = None,
+) -> Response:
+    """One vector of length 1 for each input. A client that hangs up cancels what is not done."""
+    service: Service = request.app.state.service
+    timeout = service.timeout(body.timeout, x_request_timeout)
+    if body.dimensions is not None and body.dimensions != service.model.n_embd:
+        raise ApiError(400, f"this model's vectors have {service.model.n_embd} dimensions", param="dimensions")
+    prompts = await prompt_tokens(service.model, body.input)
+    check_count(service.engine, len(prompts))
+    return _EmbeddingsResponse(
+        service, request.state.request_id, prompts, timeout, as_base64=body.encoding_format == "base64"
+    )
+
+
+class _AwaitableEmbedding:
+    """An embedding of the engine, for asyncio: a task that is cancelled while it waits cancels it, too."""
+
+    def __init__(self, embedding: Embedding) -> None:
+        self.embedding = embedding
+        self.id = embedding.id
+        self._loop = asyncio.get_running_loop()
+        self._done = asyncio.Event()
+        self._handle = embedding.add_notify(self._notify)
+
+    def _notify(self) -> None:
+        if self.embedding.ended:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._done.set)
+
+    def cancel(self, reason: str = "") -> bool:
+        return self.embedding.cancel(reason)
+
+    def view(self) -> RequestView:
+        return self.embedding.view()
+
+    async def wait(self) -> None:
+        try:
+            await self._done.wait()
+        except asyncio.CancelledError:
+            self.cancel("the task was cancelled")
+            await asyncio.shield(self._done.wait())
+            raise
+        finally:
+            self._handle.remove()
+
+
+class _EmbeddingsResponse(Response):
+    """Submits the inputs when it is sent, and answers with their vectors."""
+
+    def __init__(
+        self, service: Service, request_id: str, prompts: list[list[int]], timeout: float | None, *, as_base64: bool
+    ) -> None:
+        super().__init__()
+        self._service, self._id, self._prompts, self._timeout = service, request_id, prompts, timeout
+        self._as_base64 = as_base64
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._service.group(self._id, ENDPOINT) as group:
+            works: list[_AwaitableEmbedding] = []
+            try:
+                with refusals(self._service):
+                    self._submit(group, works)
+                async with watched(receive, group.hang_up):
+                    await group.settle()
+                    await self._send_answer(group, works, send)
+            except OSError:  # some servers tell a hang-up so when something is sent
+                group.hang_up()
+            finally:
+                group.cancel("the request was given up")
+                await group.settle()
+                self._service.count(group)
+
+    def _submit(self, group: Group, works: list[_AwaitableEmbedding]) -> None:
+        several = len(self._prompts) > 1
+        for index, prompt in enumerate(self._prompts):
+            embedding = self._service.engine.embed(
+                prompt, timeout=self._timeout, request_id=f"{self._id}.{index}" if several else self._id
+            )
+            works.append(_AwaitableEmbedding(embedding))
+            group.works.append(works[-1])
+
+    async def _send_answer(self, group: Group, works: list[_AwaitableEmbedding], send: Send) -> None:
+        if group.disconnected:
+            return
+        error = failure([work.embedding for work in works], partial=False)
+        if error is not None:
+            raise error
+        data = [self._item(index, work.embedding.result(0)) for index, work in enumerate(works)]
+        tokens = sum(work.embedding.usage.prompt_tokens for work in works)
+        body: dict[str, Any] = {
+            "object": "list",
+            "data": data,
+            "model": self._service.model_name,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+        content = json.dumps(body, separators=(",", ":")).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+    def _item(self, index: int, vector: NDArray[np.float32]) -> dict[str, Any]:
+        length = float(np.linalg.norm(vector))
+        unit = vector / length if length > 0 else vector
+        given: Any = unit.tolist()
+        if self._as_base64:
+            given = base64.b64encode(unit.astype("<f4").tobytes()).decode()
+        return {"object": "embedding", "index": index, "embedding": given}

@@ -1,0 +1,126 @@
+"""Errors in the shape that OpenAI's clients know: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+__all__ = ["ApiError", "error_body", "error_response", "install"]
+
+TYPES: dict[int, str] = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    499: "cancelled",
+    503: "unavailable_error",
+}
+NO_RETRY = {"x-should-retry": "false"}
+"""Tells OpenAI's clients, which repeat a request after 408 and 409 by themselves, that it would not help."""
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: HTTP status code.
+        message: What was wrong, in a sentence.
+        param: The field of the body that was wrong.
+        code: A name for programs.
+        type: OpenAI's kind of error; by default the one that goes with the status.
+        headers: Further headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        type: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.type = type
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error as it is sent."""
+        return error_body(self.status, self.message, param=self.param, code=self.code, type=self.type)
+
+
+def error_body(
+    status: int, message: str, *, param: str | None = None, code: str | None = None, type: str | None = None
+) -> dict[str, Any]:
+    """An error as it is sent."""
+    kind = type or TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: ApiError) -> Response:
+    """The answer that tells an error."""
+    return Response(
+        json.dumps(error.body).encode(), status_code=error.status, headers=error.headers, media_type="application/json"
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Make an app tell its errors in this shape: its own, the framework's, and those of bad bodies."""
+
+    async def own(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error_response(error)
+
+    async def bad_body(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(_of_validation(error.errors()))
+
+    async def framework(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        detail = error.detail if isinstance(error.detail, str) else HTTPStatus(error.status_code).phrase
+        return error_response(ApiError(error.status_code, detail, headers=error.headers))
+
+    async def gone(_: Request, error: Exception) -> Response:
+        return error_response(ApiError(499, "the client hung up before its request was complete"))
+
+    app.add_exception_handler(ApiError, own)
+    app.add_exception_handler(RequestValidationError, bad_body)
+    app.add_exception_handler(HTTPException, framework)
+    app.add_exception_handler(ClientDisconnect, gone)
+
+
+def _of_validation(errors: Sequence[Any]) -> ApiError:
+    """Say what is wrong with a body: the first few findings, and the field of the first."""
+    words, param = [], None
+    for error in errors[:3]:
+        place = [part for part in error.get("loc", ()) if part not in ("body", "query", "path", "header")]
+        if error.get("type") == "json_invalid":
+            words.append(f"the body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}")
+            continue
+        name = ".".join(str(part) for part in place)
+        if not name and error.get("type") in ("model_attributes_type", "missing"):
+            words.append("the body has to be a JSON object, sent with Content-Type: application/json")
+            continue
+        param = param or (str(place[0]) if place else None)
+        text = str(error["msg"]).removeprefix("Value error, ")
+        words.append(f"{name}: {text}" if name else text)
+    if len(errors) > 3:
+        words.append(f"and {len(errors) - 3} more")
+    message = "; ".join(words).encode("utf-8", "replace").decode()
+    return ApiError(400, message or "the request is not valid", param=param)

@@ -1,0 +1,71 @@
+"""`GET /events`: the engine's state whenever it changes, for the live page."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .disconnect import watched
+from .service import Service
+from .snapshots import Snapshots
+from .sse import EventStream, event
+
+__all__ = ["EventsResponse"]
+
+INTERVAL = 0.1
+"""Seconds between two events at least, and between two looks at work that goes on."""
+LIFETIME = 60.0
+"""Seconds after which the stream ends, so that no server waits for it for ever; readers connect again."""
+
+
+class EventsResponse(Response):
+    """Sends the state of the engine, at once and after each change, until the client leaves or the app closes."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__()
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        changed, over = asyncio.Event(), asyncio.Event()
+
+        def notify(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(changed.set)
+
+        def finish() -> None:
+            over.set()
+            changed.set()
+
+        forget = self._service.on_close(finish)
+        listener = self._service.engine.add_listener(notify)
+        stream = EventStream(send)
+        try:
+            async with watched(receive, finish):
+                await stream.start()
+                await self._send(stream, changed, over)
+                await stream.end()
+        except OSError:
+            pass
+        finally:
+            stream.stop()
+            listener.remove()
+            forget()
+
+    async def _send(self, stream: EventStream, changed: asyncio.Event, over: asyncio.Event) -> None:
+        snapshots = Snapshots(self._service.engine, self._service.model_name)
+        end = time.monotonic() + LIFETIME
+        await stream.write(b"retry: 500\n\n")
+        while not over.is_set() and time.monotonic() < end and not self._service.closing:
+            changed.clear()
+            state = snapshots.next()
+            await stream.write(event(state, "snapshot"))
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(over.wait(), INTERVAL)
+            if not (state["active"] or state["queue"]):
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(changed.wait(), max(end - time.monotonic(), 0))

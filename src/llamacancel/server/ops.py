@@ -1,0 +1,156 @@
+"""What is beside generation: models, tokens, health, metrics, slots, cancelling by id, and the page."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from . import answers
+from .errors import ApiError
+from .events import EventsResponse
+from .metrics import CONTENT_TYPE
+from .prompts import in_thread_if_long
+from .schemas import DetokenizeBody, TokenizeBody
+from .service import Service
+from .snapshots import Snapshots
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _model(service: Service) -> dict[str, Any]:
+    model = service.model
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "llamacancel",
+        "meta": {
+            "description": model.description,
+            "memory": model.memory_kind,
+            "n_params": model.n_params,
+            "size": model.size,
+            "n_vocab": model.n_vocab,
+            "n_embd": model.n_embd,
+            "n_ctx_train": model.n_ctx_train,
+            "n_ctx": service.engine.n_ctx,
+        },
+    }
+
+
+@router.get("/v1/models", response_model=answers.ModelList, responses=answers.ERRORS, tags=["models"])
+async def list_models(request: Request) -> Response:
+    """The loaded model."""
+    return JSONResponse({"object": "list", "data": [_model(_service(request))]})
+
+
+@router.get("/v1/models/{model:path}", response_model=answers.ModelInfo, responses=answers.ERRORS, tags=["models"])
+async def get_model(request: Request, model: str) -> Response:
+    """The loaded model, whatever name is asked for: it is what would answer."""
+    return JSONResponse(_model(_service(request)))
+
+
+@router.delete(
+    "/v1/requests/{request_id}",
+    response_model=answers.Cancelled,
+    responses=answers.ERRORS | {404: {"model": answers.ErrorBody, "description": "There is no such request."}},
+    tags=["requests"],
+)
+async def cancel_request(
+    request: Request, request_id: Annotated[str, Path(description="As in the header X-Request-Id of its answer.")]
+) -> Response:
+    """Cancel a request: all its generations, or one of several by its own id. Answers when the slots are free."""
+    service = _service(request)
+    works = service.find(request_id)
+    cancelled = [work.cancel("cancelled by DELETE") for work in works]
+    if not works:  # it may have come from beside the server, through the same engine
+        cancelled = [service.engine.cancel(request_id, "cancelled by DELETE")]
+    if not any(cancelled):
+        raise ApiError(404, f"there is no unfinished request {request_id[:200]}", code="request_not_found")
+    for work in works:
+        await work.wait()
+    latencies = [view.cancel_latency for view in (work.view() for work in works) if view.cancel_latency is not None]
+    return JSONResponse({"id": request_id, "cancelled": True, "cancel_latency": max(latencies, default=None)})
+
+
+@router.post("/tokenize", response_model=answers.Tokenized, responses=answers.ERRORS, tags=["tokens"])
+async def tokenize(request: Request, body: TokenizeBody) -> Response:
+    """The tokens of a text."""
+    model = _service(request).model
+
+    def work() -> dict[str, Any]:
+        tokens = model.tokenize(body.content, body.add_special, body.parse_special).tolist()
+        pieces = [model.token_to_piece(token).decode("utf-8", "replace") for token in tokens]
+        return {"tokens": tokens, "pieces": pieces if body.with_pieces else None}
+
+    return JSONResponse(await in_thread_if_long(len(body.content), work))
+
+
+@router.post("/detokenize", response_model=answers.Detokenized, responses=answers.ERRORS, tags=["tokens"])
+async def detokenize(request: Request, body: DetokenizeBody) -> Response:
+    """The text of tokens."""
+    model = _service(request).model
+    try:
+        text = await in_thread_if_long(len(body.tokens), lambda: model.detokenize(body.tokens, unparse_special=True))
+    except ValueError as error:
+        raise ApiError(400, str(error), param="tokens") from error
+    return JSONResponse({"content": text})
+
+
+@router.get(
+    "/health",
+    response_model=answers.Health,
+    responses={503: {"model": answers.Health, "description": "The server is shutting down."}},
+    tags=["state"],
+)
+async def health(request: Request) -> Response:
+    """Whether new requests are taken. Needs no key."""
+    service = _service(request)
+    closing = service.closing or service.engine.closed or service.engine.snapshot().closing
+    status = "shutting down" if closing else "ok"
+    return JSONResponse({"status": status, "model": service.model_name}, status_code=503 if closing else 200)
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses=answers.ERRORS | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    tags=["state"],
+)
+async def metrics(request: Request) -> Response:
+    """Metrics, as Prometheus reads them."""
+    return Response(_service(request).metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+@router.get("/slots", response_model=answers.Snapshot, responses=answers.ERRORS, tags=["state"])
+async def slots(request: Request) -> Response:
+    """Slots, queue, and the last requests."""
+    service = _service(request)
+    return JSONResponse(Snapshots(service.engine, service.model_name).whole())
+
+
+@router.get(
+    "/events",
+    response_class=Response,
+    responses=answers.ERRORS | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    tags=["state"],
+)
+async def events(request: Request) -> Response:
+    """As `/slots`, again whenever something changes; after the first, `recent` has only what is new."""
+    return EventsResponse(_service(request))
+
+
+@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+async def page() -> Response:
+    """The live page."""
+    text = resources.files(__package__).joinpath("page", "index.html").read_text(encoding="utf-8")
+    return HTMLResponse(text, headers={"cache-control": "no-cache"})

@@ -1,0 +1,108 @@
+"""The options of `llamacancel serve`; knows nothing of what the server needs to run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+__all__ = ["add_arguments", "run"]
+
+EPILOG = """\
+try it:
+  llamacancel serve --model model.gguf
+  curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
+       -d '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'
+and open http://127.0.0.1:8080/ to see the slots at work. Any OpenAI client works with
+base_url="http://127.0.0.1:8080/v1". Ctrl-C lets the answers on their way finish; again, it stops at once.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `llamacancel serve` to a parser."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("--model", "-m", type=Path, required=True, metavar="PATH", help="GGUF file to serve")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, only this machine)"
+    )
+    parser.add_argument(
+        "--port", type=_port, default=8080, help="port (default: 8080); 0 takes a free one and says which"
+    )
+
+    work = parser.add_argument_group("work")
+    work.add_argument("--slots", type=_count, default=4, metavar="N", help="requests that run at once (default: 4)")
+    work.add_argument(
+        "--queue-limit", type=_whole, default=64, metavar="N", help="requests that may wait; more get 429 (default: 64)"
+    )
+    work.add_argument(
+        "--ctx-size", "-c", type=_count, metavar="N", help="context size in tokens (default: the model's)"
+    )
+    work.add_argument("--threads", "-t", type=_count, metavar="N", help="CPU threads (default: all)")
+    work.add_argument(
+        "--cancel-latency", type=_seconds, default=0.02, metavar="SECONDS",
+        help="how soon a cancel is to be honoured (default: 0.02)",
+    )  # fmt: skip
+    work.add_argument(
+        "--n-gpu-layers", "-ngl", type=int, default=0, metavar="N", help="layers on the GPU; -1: all (default: 0)"
+    )
+    work.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="for each request; it may ask for less")
+
+    api = parser.add_argument_group("API")
+    api.add_argument("--alias", metavar="NAME", help="what answers call the model (default: the file's name)")
+    api.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY",
+        help="key that requests need; may be repeated. Also from the environment: LLAMACANCEL_API_KEY, with commas",
+    )  # fmt: skip
+    api.add_argument(
+        "--cors-origin", action="append", default=[], metavar="ORIGIN",
+        help="origin whose web pages may use the API, or *; may be repeated",
+    )  # fmt: skip
+    api.add_argument("--chat-template", type=Path, metavar="PATH", help="Jinja template in place of the model's own")
+    api.add_argument(
+        "--max-body", type=_count, default=16 * 2**20, metavar="BYTES", help="longest request (default: 16 MiB)"
+    )
+    api.add_argument(
+        "--drain-timeout", type=_whole, default=30, metavar="SECONDS",
+        help="how long Ctrl-C or SIGTERM waits for answers on their way (default: 30)",
+    )  # fmt: skip
+    parser.add_argument("--verbose", "-v", action="store_true", help="log every request, and what llama.cpp says")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal comes; the exit status."""
+    try:
+        from . import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("llamacancel"):
+            raise
+        raise ImportError(f"the server needs {error.name}: pip install 'llamacancel[server]'") from error
+    return run.run(args)
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port (0 to 65535)")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number of seconds")
+    return value

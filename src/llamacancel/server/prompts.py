@@ -1,0 +1,154 @@
+"""From a body to what the engine takes: prompts as tokens, and a sampler for each answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import anyio.to_thread
+
+from .._model import Model
+from .._sampler import Sampler
+from ..engine import Engine
+from .errors import ApiError
+from .schemas import GenerationBody, Prompt
+
+__all__ = ["check_count", "check_room", "in_thread_if_long", "make_samplers", "prompt_tokens"]
+
+LONG = 4096
+"""Characters from which on text is worked on in a thread, so that other clients' streams do not wait for it."""
+
+_T = TypeVar("_T")
+
+
+async def in_thread_if_long(size: int, work: Callable[[], _T]) -> _T:
+    """Do work on text of a size, beside the event loop if it may take long."""
+    return work() if size < LONG else await anyio.to_thread.run_sync(work)
+
+
+async def prompt_tokens(model: Model, prompt: Prompt) -> list[list[int]]:
+    """The prompts of a body as token ids.
+
+    Text gets the special tokens that the model wants, a BOS only once, and its own special tokens are read as such.
+
+    Raises:
+        ApiError: 400, if a prompt is empty, cannot be tokenized, or has tokens that the model does not know.
+    """
+    given: Sequence[str | list[int]]
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        given = [prompt]
+    else:
+        given = prompt
+
+    def tokenize() -> list[list[int]]:
+        return [_text_tokens(model, each) if isinstance(each, str) else _known(model, each) for each in given]
+
+    return await in_thread_if_long(sum(len(each) for each in given if isinstance(each, str)), tokenize)
+
+
+def _text_tokens(model: Model, text: str) -> list[int]:
+    try:
+        tokens: list[int] = model.tokenize(text, add_special=True, parse_special=True).tolist()
+    except ValueError as error:
+        raise ApiError(400, str(error), param="prompt") from error
+    if model.bos is not None and tokens[:2] == [model.bos, model.bos]:
+        del tokens[0]
+    if not tokens:
+        raise ApiError(400, "the prompt is empty, and this model has no token to begin with", param="prompt")
+    return tokens
+
+
+def _known(model: Model, tokens: list[int]) -> list[int]:
+    highest = max(tokens)
+    if highest >= model.n_vocab:
+        raise ApiError(400, f"token {highest} is outside of the vocabulary (0 to {model.n_vocab - 1})", param="prompt")
+    return tokens
+
+
+def check_room(engine: Engine, prompts: Sequence[Sequence[int]], count: int) -> None:
+    """Refuse prompts that do not fit into the context, and more generations than slots and queue ever have room for.
+
+    Raises:
+        ApiError: 400.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    if longest >= engine.n_ctx:
+        raise ApiError(
+            400,
+            f"the prompt has {longest} tokens; with an answer, {engine.n_ctx} is the most that fits",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    check_count(engine, count)
+
+
+def check_count(engine: Engine, count: int) -> None:
+    """Refuse more work at once than slots and queue ever have room for.
+
+    Raises:
+        ApiError: 400.
+    """
+    if count > engine.slots + engine.queue_limit:
+        raise ApiError(
+            400, f"{count} at once are more than slots and queue ever have room for", param="n", code="too_many"
+        )
+
+
+async def make_samplers(
+    model: Model, body: GenerationBody, count: int, grammar: str | None = None, grammar_root: str = "root"
+) -> list[Sampler]:
+    """Samplers for so many answers, each with a state and a seed of its own.
+
+    What a body leaves out is as llama.cpp's own tools have it (temperature 0.8, top_k 40, top_p 0.95, min_p 0.05).
+
+    Args:
+        model: Whose vocabulary they choose from.
+        body: The request.
+        count: How many answers.
+        grammar: GBNF that they follow, from its rule `grammar_root`.
+
+    Raises:
+        ApiError: 400, if the grammar cannot be parsed or a bias names no token.
+    """
+    names = (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repeat_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+    )
+    options = {name: value for name in names if (value := getattr(body, name)) is not None}
+    bias = _logit_bias(model, body.logit_bias or {})
+    first = random.getrandbits(32) if body.seed is None else body.seed
+
+    def make() -> list[Sampler]:
+        return [
+            Sampler(
+                **options,
+                logit_bias=bias,
+                grammar=grammar,
+                grammar_root=grammar_root,
+                seed=(first + k) % (2**32 - 1),
+                model=model,
+            )
+            for k in range(count)
+        ]
+
+    try:
+        return await in_thread_if_long(0 if grammar is None else LONG, make)
+    except (ValueError, TypeError) as error:
+        raise ApiError(400, str(error), param="grammar" if grammar is not None else None) from error
+
+
+def _logit_bias(model: Model, given: dict[str, float]) -> dict[int, float]:
+    bias = {}
+    for key, value in given.items():
+        if not (key.isascii() and key.isdigit() and int(key) < model.n_vocab):
+            raise ApiError(
+                400, f"logit_bias: {key[:40]!r} is no token id (0 to {model.n_vocab - 1})", param="logit_bias"
+            )
+        bias[int(key)] = value
+    return bias

@@ -1,0 +1,31 @@
+"""uvicorn's HTTP protocol with open ears: a hang-up is heard while a request is being answered."""
+
+from __future__ import annotations
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+__all__ = ["ListeningProtocol"]
+
+MOST_AHEAD = 65536
+
+
+class ListeningProtocol(H11Protocol):
+    """Goes on reading when bytes follow a request that is not answered yet.
+
+    uvicorn stops reading then, be it a pipelined request or a stray line end, and would not learn that the client has
+    hung up until it next writes: never, in a silent prompt. Who sends very much ahead is disconnected instead.
+    """
+
+    _ahead = 0
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            self._ahead = 0
+        elif self.flow.read_paused:
+            self._ahead += len(data)
+            if self._ahead > MOST_AHEAD:
+                self.transport.close()
+            else:
+                self.flow.resume_reading()

@@ -1,0 +1,152 @@
+"""`llamacancel serve`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+
+from .. import Engine, Model
+from .app import create_app
+from .protocol import ListeningProtocol
+from .service import Service
+
+__all__ = ["run"]
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which begins to drain the engine as soon as it is told to stop, and exits without a signal."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if not self.force_exit:
+            print("stopping: what is on its way gets its answer (Ctrl-C again stops at once)", file=sys.stderr)
+        closing = asyncio.create_task(self._service.close())
+        await super().shutdown(sockets)
+        if self.force_exit:
+            self._service.cancel_all("the server was stopped")
+        await closing
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handled = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._on_signal) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the model and serve it until a signal comes; the exit status."""
+    _set_up_logging(args.verbose)
+    listener = _bind(args.host, args.port)
+    with listener, _load(args) as model:
+        engine = Engine(
+            model,
+            slots=args.slots,
+            queue_limit=args.queue_limit,
+            n_ctx=args.ctx_size,
+            n_threads=args.threads,
+            cancel_latency=args.cancel_latency,
+        )
+        with engine:
+            app = create_app(
+                engine,
+                model_name=args.alias,
+                api_keys=_keys(args.api_key),
+                cors_origins=args.cors_origin,
+                max_body_bytes=args.max_body,
+                request_timeout=args.timeout,
+                chat_template=args.chat_template.read_text(encoding="utf-8") if args.chat_template else None,
+                drain_timeout=args.drain_timeout,
+            )
+            config = uvicorn.Config(
+                app,
+                http=ListeningProtocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=args.verbose,
+                server_header=False,
+                timeout_keep_alive=65,
+                timeout_graceful_shutdown=math.ceil(args.drain_timeout) + 5,
+            )
+            host, port = listener.getsockname()[:2]
+            print(
+                f"serving {app.state.service.model_name} on http://{f'[{host}]' if ':' in host else host}:{port} "
+                f"({engine.slots} slots, {engine.n_ctx} tokens of context)",
+                flush=True,
+            )
+            Server(config, app.state.service).run(sockets=[listener])
+    return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the address before the model is loaded: if somebody has it, that is told at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+    return listener
+
+
+def _load(args: argparse.Namespace) -> Model:
+    """Load the model, and say how far it is. Ctrl-C stops it."""
+    shown = -1
+
+    def progress(share: float) -> None:
+        nonlocal shown
+        percent = int(share * 100)
+        if percent != shown and (sys.stderr.isatty() or percent in (0, 100)):
+            shown = percent
+            end = "\n" if percent == 100 or not sys.stderr.isatty() else ""
+            start = "\r" if sys.stderr.isatty() else ""
+            print(f"{start}loading {args.model}: {percent} %", end=end, file=sys.stderr, flush=True)
+
+    try:
+        return Model.load(args.model, n_gpu_layers=args.n_gpu_layers, progress=progress)
+    except BaseException:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        raise
+
+
+def _keys(given: list[str]) -> list[str]:
+    from_environment = os.environ.get("LLAMACANCEL_API_KEY", "")
+    return [key for key in [*given, *from_environment.split(",")] if key.strip()]
+
+
+def _set_up_logging(verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )

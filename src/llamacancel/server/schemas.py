@@ -1,0 +1,294 @@
+"""The bodies of requests: OpenAI's fields, and a few of llama.cpp's. Unknown fields are ignored, wrong ones refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+
+__all__ = [
+    "ChatBody",
+    "CompletionBody",
+    "DetokenizeBody",
+    "EmbeddingsBody",
+    "GenerationBody",
+    "JsonSchemaFormat",
+    "Message",
+    "TokenizeBody",
+    "Tool",
+]
+
+
+def _whole(value: object) -> object:
+    """JSON knows one kind of number: 16.0 is an integer there."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2**31 - 1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Body(BaseModel):
+    """A body or a part of one: nothing is converted, so that "1" is no number and 1 no text."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    """What a stream contains beside the text."""
+
+    include_usage: bool | None = Field(None, description="End the stream with an event that has the usage.")
+
+
+class GenerationBody(Body):
+    """What completions and chat have in common."""
+
+    model: str | None = Field(None, description="Any name: the loaded model answers, and says its real name.")
+    stream: bool | None = Field(None, description="Send the answer in pieces, as server-sent events.")
+    stream_options: StreamOptions | None = None
+    n: Annotated[Integer, Field(ge=1, le=128)] | None = Field(None, description="How many answers to generate.")
+    max_tokens: Count | None = Field(None, description="Most tokens that the answer may have.")
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = Field(
+        None, description="Text that ends the answer, which does not contain it."
+    )
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: always the likeliest token.")
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[Integer, Field(ge=0, le=2**31 - 1)] | None = Field(None, description="0: no limit.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(None, description="llama.cpp's; 1 is off.")
+    seed: Annotated[Integer, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
+        None, description="The same seed gives the same choice of tokens."
+    )
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, description="Added to a token's logit, by token id; -100 forbids it."
+    )
+    grammar: Text | None = Field(None, description="GBNF grammar that the answer follows (llama.cpp's).")
+    timeout: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None, description="Seconds for queue, prompt and answer together; afterwards the request is cancelled."
+    )
+    user: str | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts."""
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+Prompt = (
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=2048)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+)
+
+
+class CompletionBody(GenerationBody):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Prompt = Field(description="Text, texts, token ids, or lists of token ids.")
+    logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = Field(
+        None, description="How many of the likeliest tokens to tell for each token of the answer."
+    )
+    best_of: Integer | None = Field(None, description="Only as many as n.")
+    echo: bool | None = Field(None, description="Not supported: only false.")
+    suffix: str | None = Field(None, description="Not supported: only null.")
+
+    @model_validator(mode="after")
+    def _check_supported(self) -> CompletionBody:
+        if self.echo:
+            raise ValueError("echo is not supported: the answer never contains the prompt")
+        if self.suffix:
+            raise ValueError("suffix is not supported")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of is supported only when it is the same as n")
+        return self
+
+
+class TextPart(Body):
+    """A part of a message's content; others than text cannot be read."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = str | Annotated[list[TextPart], Field(min_length=1)]
+
+
+class FunctionCall(Body):
+    """The function that a tool call names, with its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    """A tool call of an earlier answer."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class SystemMessage(Body):
+    """Instructions."""
+
+    role: Literal["system", "developer"]
+    content: Content
+    name: str | None = None
+
+
+class UserMessage(Body):
+    """What the user said."""
+
+    role: Literal["user"]
+    content: Content
+    name: str | None = None
+
+
+class AssistantMessage(Body):
+    """What the model answered."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> AssistantMessage:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("an assistant's message needs content or tool_calls")
+        return self
+
+
+class ToolMessage(Body):
+    """What a tool answered."""
+
+    role: Literal["tool", "function"]
+    content: Content
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: Text
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = None
+
+
+class Tool(Body):
+    """A tool that the model may call."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    """A function's name."""
+
+    name: Text
+
+
+class NamedTool(Body):
+    """The one tool that has to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class TextFormat(Body):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Body):
+    """A JSON schema with its name."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, JsonValue] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    """JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class ChatBody(GenerationBody):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = Field(None, description="As max_tokens, which it replaces.")
+    logprobs: bool | None = Field(None, description="Tell the log probability of each token of the answer.")
+    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = Field(
+        None, description="How many of the likeliest tokens to tell for each; needs logprobs."
+    )
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(None, description="Given to the chat template.")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, JsonValue] | None = Field(None, description="Further variables of the template.")
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        if self.grammar is not None and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("grammar and response_format exclude each other")
+        names = {tool.function.name for tool in self.tools or ()}
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools")
+        return self
+
+
+class EmbeddingsBody(Body):
+    """Body of `POST /v1/embeddings`."""
+
+    input: Prompt = Field(description="Text, texts, token ids, or lists of token ids.")
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Count | None = Field(None, description="Only the model's own number.")
+    timeout: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    user: str | None = None
+
+
+class TokenizeBody(Body):
+    """Body of `POST /tokenize`."""
+
+    content: str
+    add_special: bool = Field(False, description="Add the tokens that the model wants at the beginning and end.")
+    parse_special: bool = Field(True, description='Read "<|im_end|>" and the like as tokens, not as text.')
+    with_pieces: bool = Field(False, description="Also tell each token's text.")
+
+
+class DetokenizeBody(Body):
+    """Body of `POST /detokenize`."""
+
+    tokens: list[TokenId]

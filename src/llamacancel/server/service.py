@@ -1,0 +1,199 @@
+"""What the endpoints of an app share: the engine, its model's name and template, and the requests on their way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .. import aio
+from .._model import Model
+from ..engine import Engine
+from ..views import RequestView
+from .errors import ApiError
+from .metrics import Metrics
+from .templates import ChatTemplate, TemplateFailed
+
+__all__ = ["Group", "Service", "Work"]
+
+
+class Work(Protocol):
+    """A generation or an embedding of the engine."""
+
+    @property
+    def id(self) -> str: ...
+    def cancel(self, reason: str = "") -> bool: ...
+    async def wait(self) -> object: ...
+    def view(self) -> RequestView: ...
+
+
+@dataclass
+class Group:
+    """What one HTTP request has the engine do: cancelled together, under the request's id."""
+
+    id: str
+    endpoint: str
+    works: list[Work] = field(default_factory=list)
+    disconnected: bool = False
+
+    def cancel(self, reason: str = "") -> bool:
+        """Cancel all that is not finished; whether there was any."""
+        cancelled = [work.cancel(reason) for work in self.works]
+        return any(cancelled)
+
+    def hang_up(self) -> None:
+        """Cancel because the client is gone."""
+        self.disconnected = True
+        self.cancel("the client hung up")
+
+    async def settle(self) -> None:
+        """Return when all is finished and the slots are free."""
+        for work in self.works:
+            await work.wait()
+
+
+class Service:
+    """The state of an app.
+
+    Args:
+        engine: Does the work.
+        model_name: What answers call the model.
+        chat_template: A template to use in place of the model's own.
+        request_timeout: Seconds for each request; those that ask for less get less.
+        drain_timeout: Seconds that requests on their way have when the app shuts down.
+        close_engine: Close the engine then.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        model_name: str,
+        chat_template: str | None = None,
+        request_timeout: float | None = None,
+        drain_timeout: float = 30.0,
+        close_engine: bool = True,
+    ) -> None:
+        self.engine = engine
+        self.aio = aio.Engine(engine)
+        self.model: Model = engine.model
+        self.model_name = model_name
+        self.created = int(time.time())
+        self.request_timeout = request_timeout
+        self.drain_timeout = drain_timeout
+        self.metrics = Metrics(engine.snapshot)
+        self.groups: dict[str, Group] = {}
+        self.closing = False
+        self._on_close: set[Callable[[], object]] = set()
+        self._close_engine = close_engine
+        self._close_task: asyncio.Task[None] | None = None
+        self._template_error: TemplateFailed | None = None
+        self._template: ChatTemplate | None = None
+        try:
+            self._template = ChatTemplate.of_model(self.model, chat_template)
+        except TemplateFailed as error:
+            if chat_template is not None:
+                raise
+            self._template_error = error
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template.
+
+        Raises:
+            ApiError: If the model's own cannot be parsed.
+        """
+        if self._template is None:
+            raise ApiError(400, f"this model's chat cannot be used: {self._template_error}", code="chat_template_error")
+        return self._template
+
+    def timeout(self, body: float | None, header: str | None) -> float | None:
+        """The seconds that a request has: the least of what its body, its header and the server say.
+
+        Raises:
+            ApiError: 400, if the header is no positive number.
+        """
+        given = [value for value in (body, self.request_timeout) if value is not None]
+        if header is not None:
+            try:
+                seconds = float(header)
+            except ValueError:
+                seconds = math.nan
+            if not 0 < seconds <= 1e6:
+                raise ApiError(400, "X-Request-Timeout has to be a number of seconds", param="X-Request-Timeout")
+            given.append(seconds)
+        return min(given, default=None)
+
+    @contextlib.contextmanager
+    def group(self, request_id: str, endpoint: str) -> Iterator[Group]:
+        """A group for a request, known under its id for as long as it lasts.
+
+        Raises:
+            ApiError: 409, if a request with this id is on its way.
+        """
+        if request_id in self.groups:
+            raise ApiError(
+                409,
+                f"a request with the id {request_id} is not finished yet",
+                param="X-Request-Id",
+                code="duplicate_request_id",
+                headers={"x-should-retry": "false"},
+            )
+        group = self.groups[request_id] = Group(request_id, endpoint)
+        try:
+            yield group
+        finally:
+            del self.groups[request_id]
+
+    def find(self, request_id: str) -> list[Work]:
+        """The unfinished work under the id of an HTTP request, or of one of its generations."""
+        if request_id in self.groups:
+            return list(self.groups[request_id].works)
+        return [work for group in self.groups.values() for work in group.works if work.id == request_id]
+
+    def count(self, group: Group) -> None:
+        """Count what became of a group that has ended."""
+        views = [work.view() for work in group.works]
+        if group.disconnected and any(view.finish_reason == "cancelled" for view in views):
+            self.metrics.disconnected(group.endpoint)
+        for view in views:
+            self.metrics.ended(group.endpoint, view)
+
+    def retry_after(self) -> int:
+        """Whole seconds after which the queue, as it is now, will probably have been served: 1 to 120."""
+        now = self.engine.snapshot()
+        seconds = [
+            view.finished_at - view.started_at
+            for view in now.recent[-32:]
+            if view.started_at is not None and view.finished_at is not None
+        ]
+        mean = sum(seconds) / len(seconds) if seconds else 0.0
+        return min(max(math.ceil(mean * len(now.queue) / max(len(now.slots), 1)), 1), 120)
+
+    def on_close(self, call: Callable[[], object]) -> Callable[[], None]:
+        """Have `call()` called when the app begins to shut down; returns what takes it back."""
+        self._on_close.add(call)
+        return lambda: self._on_close.discard(call)
+
+    def cancel_all(self, reason: str) -> None:
+        """Cancel every request of the engine."""
+        now = self.engine.snapshot()
+        for view in (*now.queue, *now.active):
+            self.engine.cancel(view.id, reason)
+
+    async def close(self) -> None:
+        """Refuse new requests, let those on their way finish in time, and close the engine if it is the app's."""
+        if self._close_task is None:
+            self.closing = True
+            for call in list(self._on_close):
+                call()
+            self._close_task = asyncio.create_task(self._close())
+        await asyncio.shield(self._close_task)
+
+    async def _close(self) -> None:
+        if self._close_engine:
+            await self.aio.close(drain=True, timeout=self.drain_timeout)

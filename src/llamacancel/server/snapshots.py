@@ -1,0 +1,66 @@
+"""The engine's state as JSON, whole or as what is new since the last time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ..engine import Engine
+from ..views import RequestView
+
+__all__ = ["Snapshots"]
+
+_TIMES = ("submitted_at", "started_at", "first_token_at", "finished_at")
+_EPOCH = time.time() - time.monotonic()
+"""The engine's clock began then, in Unix seconds."""
+
+
+class Snapshots:
+    """Pictures of an engine for one reader.
+
+    Args:
+        engine: Whose state.
+        model_name: What its model is called.
+    """
+
+    def __init__(self, engine: Engine, model_name: str) -> None:
+        self._engine = engine
+        self._model_name = model_name
+        self._told: frozenset[tuple[str, float]] | None = None
+
+    def whole(self) -> dict[str, Any]:
+        """Everything; times are Unix seconds."""
+        self._told = None
+        return self.next()
+
+    def next(self) -> dict[str, Any]:
+        """The same, but of the finished requests only those that were not told yet; "complete" where that is all."""
+        now = self._engine.snapshot()
+        complete = self._told is None
+        recent = [view for view in now.recent if self._told is None or _key(view) not in self._told]
+        self._told = frozenset(_key(view) for view in now.recent)
+        return {
+            **{name: getattr(now, name) for name in now.__slots__},
+            "now": time.monotonic() + _EPOCH,
+            "model": self._model_name,
+            "complete": complete,
+            "slots": [asdict(slot) for slot in now.slots],
+            "queue": _views(now.queue),
+            "active": _views(now.active),
+            "recent": _views(recent),
+        }
+
+
+def _key(view: RequestView) -> tuple[str, float]:
+    return view.id, view.submitted_at
+
+
+def _views(views: Sequence[RequestView]) -> list[dict[str, Any]]:
+    given = [asdict(view) for view in views]
+    for each in given:
+        for name in _TIMES:
+            if each[name] is not None:
+                each[name] += _EPOCH
+    return given

@@ -1,0 +1,121 @@
+"""Tool calls in text, as several families of models write them: JSON between `<tool_call>` and `</tool_call>`."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .schemas import Tool
+
+__all__ = ["ToolCall", "ToolCallReader", "tool_call_schema", "with_tags"]
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model wrote."""
+
+    name: str
+    arguments: str
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The call in OpenAI's form."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+class ToolCallReader:
+    """Finds calls in text that comes in pieces.
+
+    Text that may yet become a call is held back. What stands between the tags but calls no known function stays text.
+
+    Args:
+        names: The functions that there are.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = frozenset(names)
+        self._held = ""
+        self._inside = False
+        self._after_call = False
+
+    def feed(self, text: str) -> Iterator[str | ToolCall]:
+        """What is certain now: texts and calls, in their order."""
+        self._held += text
+        while True:
+            before, tag, rest = self._held.partition(CLOSE if self._inside else OPEN)
+            if not tag:
+                break
+            self._held = rest
+            yield from self._call(before, CLOSE) if self._inside else self._text(before)
+            self._inside = not self._inside
+        if not self._inside:
+            keep = next(n for n in range(len(OPEN), -1, -1) if self._held.endswith(OPEN[:n]))
+            ready = self._held[: len(self._held) - keep]
+            self._held = self._held[len(ready) :]
+            yield from self._text(ready)
+
+    def end(self) -> Iterator[str | ToolCall]:
+        """What was held back when the text is over; the last call needs no closing tag."""
+        held, self._held = self._held, ""
+        yield from self._call(held, "") if self._inside else self._text(held)
+        self._inside = False
+
+    def _text(self, text: str) -> Iterator[str]:
+        """Text, without the white space that follows a call."""
+        if self._after_call:
+            text = text.lstrip()
+        if text:
+            self._after_call = False
+            yield text
+
+    def _call(self, text: str, tail: str) -> Iterator[str | ToolCall]:
+        call = self._parse(text)
+        if call is None:
+            yield from self._text(OPEN + text + tail)
+        else:
+            self._after_call = True
+            yield call
+
+    def _parse(self, text: str) -> ToolCall | None:
+        try:
+            given = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(given, dict) or given.get("name") not in self._names:
+            return None
+        arguments = given.get("arguments", given.get("parameters", {}))
+        if isinstance(arguments, str):
+            return ToolCall(given["name"], arguments)
+        return ToolCall(given["name"], json.dumps(arguments, ensure_ascii=False))
+
+
+def tool_call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
+    """The JSON schema of a call of one of some functions."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool.function.name},
+                "arguments": tool.function.parameters or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+        }
+        for tool in tools
+    ]
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+def with_tags(grammar: str, *, several: bool) -> tuple[str, str]:
+    """A grammar whose texts are calls, each what `grammar` says between tags, and the rule that it begins with."""
+    call = f'"{OPEN}\\n" root "\\n{CLOSE}"'
+    more = ' ("\\n" tool-call-tagged)*' if several else ""
+    return (
+        f"{grammar}\ntool-call-tagged ::= {call}\ntool-call-answer ::= tool-call-tagged{more}\n",
+        "tool-call-answer",
+    )

@@ -1,0 +1,206 @@
+"""A real server on a free port, clients that hang up, and an engine that a test can hold between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import uvicorn
+
+import llamacancel as lc
+from llamacancel.server import create_app
+from llamacancel.server.protocol import ListeningProtocol
+from llamacancel.server.run import Server
+from llamacancel.views import EngineSnapshot, RequestView
+
+PATIENCE = 60.0
+"""Seconds after which something that has to happen counts as never happening."""
+
+
+def eventually(happened: Callable[[], Any], what: str = "it") -> Any:
+    """Wait until `happened()` is true and return what it said."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        if found := happened():
+            return found
+        assert time.monotonic() < end, f"{what} never happened"
+        time.sleep(0.002)
+
+
+class Hold:
+    """An engine that waits before a step."""
+
+    def __init__(self, when: Callable[[EngineSnapshot], bool]) -> None:
+        self._when = when
+        self._reached = threading.Event()
+        self._open = threading.Event()
+
+    def wait(self) -> None:
+        """Wait until the engine has come there."""
+        assert self._reached.wait(PATIENCE), "the engine never got there"
+
+    def release(self) -> None:
+        self._open.set()
+
+    def check(self, engine: lc.Engine) -> None:
+        if self._reached.is_set() or self._when(engine.snapshot()):
+            self._reached.set()
+            self._open.wait(PATIENCE)
+
+
+class Served:
+    """A server, and what a test wants to know of it.
+
+    Attributes:
+        url: Where it is.
+        engine: Its engine, which `held` can stop between two steps.
+        app: Its app.
+    """
+
+    def __init__(self, engine: lc.Engine, **options: Any) -> None:
+        self.engine = engine
+        self.app = create_app(engine, **{"drain_timeout": 20.0, **options})
+        self.service = self.app.state.service
+        self._hold: Hold | None = None
+        self._run = engine._core.runner.run
+        engine._core.runner.run = self._gated
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        config = uvicorn.Config(
+            self.app, http=ListeningProtocol, ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=30
+        )
+        self.server = Server(config, self.service)
+        self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._listener]}, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        eventually(lambda: self.server.started, "the start")
+
+    def stop(self) -> None:
+        """Shut down and wait for it."""
+        self.server.should_exit = True
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive(), "the server did not stop"
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=PATIENCE, **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        with self.client() as client:
+            return client.post(path, json=body, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        with self.client() as client:
+            return client.get(path, **options)
+
+    # -- the engine
+
+    def _gated(self, plan: Any) -> Any:
+        hold = self._hold
+        if hold is not None:
+            hold.check(self.engine)
+        return self._run(plan)
+
+    @contextlib.contextmanager
+    def held(self, when: Callable[[EngineSnapshot], bool]) -> Iterator[Hold]:
+        """Within, the engine waits before the first step in which `when(snapshot)` is true, until it is released."""
+        hold = self._hold = Hold(when)
+        try:
+            yield hold
+        finally:
+            self._hold = None
+            hold.release()
+
+    def active(self, request_id: str) -> RequestView | None:
+        return next((view for view in self.engine.snapshot().active if view.id == request_id), None)
+
+    def queued(self, request_id: str) -> bool:
+        return any(view.id == request_id for view in self.engine.snapshot().queue)
+
+    def finished(self, request_id: str) -> RequestView | None:
+        """The last request with this id that has ended."""
+        return next((view for view in reversed(self.engine.snapshot().recent) if view.id == request_id), None)
+
+    def wait_finished(self, request_id: str) -> RequestView:
+        view: RequestView = eventually(lambda: self.finished(request_id), f"the end of {request_id}")
+        return view
+
+    def wait_noticed(self, request_id: str) -> None:
+        """Wait until the server knows that the client of a request has hung up."""
+        eventually(lambda: self.service.groups[request_id].disconnected, f"the hang-up of {request_id}")
+
+    def wait_idle(self) -> None:
+        """Wait until nothing is on its way."""
+
+        def idle() -> bool:
+            now = self.engine.snapshot()
+            return not (now.queue or now.active or self.service.groups)
+
+        eventually(idle, "the end of all requests")
+
+    # -- raw clients
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+
+    def send(self, path: str, body: Any, request_id: str, part: float = 1.0) -> socket.socket:
+        """Send a request, or the first part of it, on a connection of its own."""
+        content = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+            f"X-Request-Id: {request_id}\r\nContent-Length: {len(content)}\r\n\r\n"
+        ).encode()
+        data = head + content
+        connection = self.connect()
+        connection.sendall(data[: len(data) if part == 1.0 else int(len(head) + part * len(content))])
+        return connection
+
+
+@contextlib.contextmanager
+def serving(model: lc.Model, *, app: dict[str, Any] | None = None, **engine: Any) -> Iterator[Served]:
+    """A server of a model with small steps: two slots, one thread, pieces of 32 rows."""
+    settings: dict[str, Any] = {"slots": 2, "queue_limit": 8, "n_ctx": 2048, "n_ubatch": 32, "n_batch": 64}
+    served = Served(lc.Engine(model, **{**settings, "n_threads": 1, **engine}), **(app or {}))
+    served.start()
+    try:
+        yield served
+    finally:
+        served.stop()
+
+
+def read_events(connection: socket.socket, count: int) -> list[str]:
+    """Read a stream's head and so many of its events from a raw connection."""
+    data = b""
+    while data.count(b"\n\n") < count:
+        more = connection.recv(4096)
+        assert more, f"the stream ended: {data!r}"
+        data += more
+    return [line[6:].decode() for line in data.split(b"\n") if line.startswith(b"data: ")]
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The JSON of a stream's events, which have to end with [DONE]."""
+    found = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    assert found[-1] == "[DONE]"
+    return [json.loads(each) for each in found[:-1]]
+
+
+def greedy(prompt: Any, max_tokens: int = 24, **fields: Any) -> dict[str, Any]:
+    """The body of a completion that is the same every time."""
+    return {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **fields}
+
+
+def text_of(response: httpx.Response) -> str:
+    """The text of a completion."""
+    assert response.status_code == 200, response.text
+    text: str = response.json()["choices"][0]["text"]
+    return text
