@@ -11,7 +11,7 @@ from ._context import Context
 from ._llama import build_info
 from ._model import LoraAdapter, Model
 from ._params import LatencyPlan
-from ._sampler import Sampler
+from ._sampler import Sampler, json_schema_to_grammar
 from .batch import Batch
 from .engine import Engine
 from .errors import (
@@ -77,4 +77,5 @@ __all__ = [
     "Usage",
     "__version__",
     "build_info",
+    "json_schema_to_grammar",
 ]

@@ -22,7 +22,7 @@ from ._cancel cimport CancelToken, state_of
 from ._lib.box cimport *
 from ._lib.llama cimport *
 from ._lib.token cimport TokenState
-from ._llama cimport Interrupt, check_process, drain_log, enter_process, error_of, raise_cancelled, text_of, watch_signals
+from ._llama cimport Interrupt, cause_of, check_process, drain_log, enter_process, raise_cancelled, text_of, watch_signals
 from ._model cimport LoraAdapter, Model
 
 from . import _params
@@ -312,7 +312,7 @@ cdef class Context:
             return DecodeResult(report.rows_done, report.n_ubatches, report.seconds, report.repair_seconds,
                                 report.snapshot_bytes, sequences, survivors)
         error = cancelled_error(
-            what, Cause.INTERRUPT if report.interrupted else _CAUSES[<int> report.verdict.cause],
+            what, Cause.INTERRUPT if report.interrupted else cause_of(report.verdict),
             report.verdict.reason.decode("utf-8", "replace"), report.latency,
             sequences=sequences, survivors=survivors, rows_done=report.rows_done, repair_seconds=report.repair_seconds)
         if report.interrupted:
@@ -541,9 +541,6 @@ def _register(memory, state):
     """Called by `_memory`, which builds on this module: the classes of `Context.memory` and `Context.state`."""
     global _Memory, _State
     _Memory, _State = memory, state
-
-
-cdef tuple _CAUSES = (None, Cause.CLIENT, Cause.DEADLINE, Cause.INTERRUPT, Cause.SHUTDOWN)
 
 
 cdef _copy_of(const float * data, size_t n):

@@ -18,5 +18,6 @@ cdef int drain_log() except -1
 cdef int enter_process() except -1
 cdef int check_process(int pid, str what) except -1
 cdef raise_cancelled(str what, Call & call, Interrupt interrupt, kind=*)
+cdef cause_of(const Verdict & verdict)
 cdef error_of(str what, const Verdict & verdict, kind=*)
 cdef str text_of(const string & message)

@@ -134,8 +134,9 @@ cdef class Interrupt:
     cdef void collect(self):
         cdef char buffer[64]
         cdef ssize_t n = read(_wakeup_read, buffer, sizeof(buffer))
-        if n > 0:
+        while n > 0:
             self.received += buffer[:n]
+            n = read(_wakeup_read, buffer, sizeof(buffer))
 
 
 cdef cbool _check_signals(void * arg) noexcept nogil:
@@ -193,10 +194,13 @@ cdef raise_cancelled(str what, Call & call, Interrupt interrupt, kind=None):
     raise error_of(what, verdict[0], kind)
 
 
+cdef cause_of(const Verdict & verdict):
+    return _CAUSES[<int> verdict.cause]
+
+
 cdef error_of(str what, const Verdict & verdict, kind=None):
     cdef double latency = (now_ns() - verdict.at_ns) * 1e-9
-    cause = _CAUSES[<int> verdict.cause]
-    return cancelled_error(what, cause, verdict.reason.decode("utf-8", "replace"), latency, kind=kind)
+    return cancelled_error(what, cause_of(verdict), verdict.reason.decode("utf-8", "replace"), latency, kind=kind)
 
 
 cdef str text_of(const string & message):

@@ -1,6 +1,8 @@
 # distutils: language = c++
 """Samplers: chains that choose a token from an output's logits."""
 
+import json
+
 from libc.stdint cimport int32_t, uint32_t
 from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
@@ -13,6 +15,9 @@ from ._llama cimport drain_log
 from ._model cimport Model
 
 from . import _params
+
+cdef extern from "schema.hpp" namespace "llamacancel" nogil:
+    string native_json_schema_to_grammar "llamacancel::json_schema_to_grammar" (const string & schema) except +
 
 cdef uint32_t _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
 
@@ -226,6 +231,41 @@ cdef class Sampler:
     def __repr__(self):
         o = self.options
         return f"<Sampler temperature={o['temperature']} seed={o['seed']}>"
+
+
+def json_schema_to_grammar(schema):
+    """The GBNF grammar of the texts that a JSON schema allows, for `Sampler(grammar=...)`.
+
+    Args:
+        schema: The schema, as JSON text or as what `json.loads` makes of it.
+
+    Raises:
+        ValueError: If the text is no JSON, or llama.cpp's converter cannot express the schema; says why.
+    """
+    if isinstance(schema, (str, bytes, bytearray)):
+        schema = json.loads(schema)
+    if _depth(schema) > _DEEPEST_SCHEMA:
+        raise ValueError(f"the schema is nested deeper than {_DEEPEST_SCHEMA} levels")
+    cdef string text = json.dumps(schema).encode()
+    cdef string grammar
+    try:
+        with nogil:
+            grammar = native_json_schema_to_grammar(text)
+    except RuntimeError as error:  # an assertion of llama.cpp's
+        raise ValueError(str(error)) from None
+    finally:
+        drain_log()
+    return grammar.decode("utf-8", "replace")
+
+
+cdef int _DEEPEST_SCHEMA = 100
+
+
+def _depth(value, int level=0):
+    if level > _DEEPEST_SCHEMA or not isinstance(value, (dict, list, tuple)):
+        return level
+    parts = value.values() if isinstance(value, dict) else value
+    return max((_depth(part, level + 1) for part in parts), default=level)
 
 
 cdef double _bias(value) except? -1e300:

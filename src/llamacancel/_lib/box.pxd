@@ -31,7 +31,6 @@ cdef extern from "call.hpp" namespace "llamacancel" nogil:
         Call(shared_ptr[TokenState] token) except +
         Call(vector[Watch] watches, uint32_t rows, AbortWhen when) except +
         void set_interrupt(bool (*hook)(void *) noexcept, void * arg) noexcept
-        bool should_stop() noexcept
         bool stopped_by_interrupt() noexcept
         const Verdict * first_verdict() noexcept
 
@@ -64,7 +63,6 @@ cdef extern from "cut.hpp" namespace "llamacancel" nogil:
         Cut choose(double target, const GapCost & cost, uint32_t limit) noexcept
         @staticmethod
         Cut exactly(uint32_t n_ubatch) noexcept
-        uint32_t rows_at(uint32_t n_kv) noexcept
 
 
 cdef extern from "memory.hpp" namespace "llamacancel" nogil:
@@ -100,7 +98,6 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         Invalid
         Full
         Failed
-        Dirty
         Busy
 
     enum class OnCancel (uint8_t):
@@ -178,7 +175,6 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         const Outputs & outputs() noexcept
         const cppset[llama_seq_id] & dirty() noexcept
         bool pooled() noexcept
-        bool output_all() noexcept
 
 
 cdef extern from "guard.hpp" namespace "llamacancel" nogil:
@@ -188,8 +184,6 @@ cdef extern from "guard.hpp" namespace "llamacancel" nogil:
         int level
         string text
     bool next_log_line(LogLine & line) except +
-    string last_errors() except +
-    void clear_errors() noexcept
 
 
 cdef extern from "sampler.hpp" namespace "llamacancel" nogil:

@@ -9,7 +9,6 @@ cdef extern from "ggml.h" nogil:
     int GGML_LOG_LEVEL_DEBUG, GGML_LOG_LEVEL_INFO, GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
     enum ggml_type:
         GGML_TYPE_COUNT
-    const char * ggml_type_name(ggml_type type)
 
 
 cdef extern from "ggml-backend.h" nogil:
@@ -90,18 +89,14 @@ cdef extern from "llama.h" nogil:
     size_t llama_max_parallel_sequences()
 
     int32_t llama_model_n_ctx_train(const llama_model * model)
-    int32_t llama_model_n_embd(const llama_model * model)
     int32_t llama_model_n_embd_out(const llama_model * model)
     int32_t llama_model_n_layer(const llama_model * model)
     int32_t llama_model_n_head(const llama_model * model)
-    int32_t llama_model_n_head_kv(const llama_model * model)
     int32_t llama_model_n_swa(const llama_model * model)
     uint64_t llama_model_n_params(const llama_model * model)
     uint64_t llama_model_size(const llama_model * model)
     bool llama_model_has_encoder(const llama_model * model)
     bool llama_model_has_decoder(const llama_model * model)
-    bool llama_model_is_recurrent(const llama_model * model)
-    bool llama_model_is_hybrid(const llama_model * model)
     llama_token llama_model_decoder_start_token(const llama_model * model)
     int32_t llama_model_desc(const llama_model * model, char * buf, size_t size)
     int32_t llama_model_meta_count(const llama_model * model)
@@ -115,13 +110,8 @@ cdef extern from "llama.h" nogil:
     llama_token llama_vocab_bos(const llama_vocab * vocab)
     llama_token llama_vocab_eos(const llama_vocab * vocab)
     llama_token llama_vocab_eot(const llama_vocab * vocab)
-    llama_token llama_vocab_nl(const llama_vocab * vocab)
-    llama_token llama_vocab_pad(const llama_vocab * vocab)
     bool llama_vocab_get_add_bos(const llama_vocab * vocab)
-    bool llama_vocab_get_add_eos(const llama_vocab * vocab)
 
-    llama_adapter_lora * llama_adapter_lora_init(llama_model * model, const char * path) except +
-    void llama_adapter_lora_free(llama_adapter_lora * adapter)
     int32_t llama_set_adapters_lora(llama_context * ctx, llama_adapter_lora ** adapters, size_t n, float * scales) except +
 
     uint32_t llama_n_ctx(const llama_context * ctx)
@@ -151,7 +141,6 @@ cdef extern from "llama.h" nogil:
     llama_sampler * llama_sampler_init_top_n_sigma(float n)
     llama_sampler * llama_sampler_init_mirostat(int32_t n_vocab, uint32_t seed, float tau, float eta, int32_t m)
     llama_sampler * llama_sampler_init_mirostat_v2(uint32_t seed, float tau, float eta)
-    llama_sampler * llama_sampler_init_grammar(const llama_vocab * vocab, const char * grammar, const char * root)
     llama_sampler * llama_sampler_init_penalties(int32_t n_vocab, int32_t last_n, float repeat, float freq, float present)
     llama_sampler * llama_sampler_init_dry(const llama_vocab * vocab, float multiplier, float base, int32_t allowed_length,
                                            int32_t last_n, const char ** breakers, size_t n_breakers)

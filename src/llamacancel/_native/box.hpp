@@ -27,7 +27,7 @@ namespace llamacancel {
 // ---- model -----------------------------------------------------------------------------------------------
 
 // What a native operation came to; `message` says what was wrong, in one line.
-enum class Status : uint8_t { Done, Cancelled, Invalid, Full, Failed, Dirty, Busy };
+enum class Status : uint8_t { Done, Cancelled, Invalid, Full, Failed, Busy };
 
 class ModelBox {
 public:
@@ -102,7 +102,6 @@ struct DecodeReport {
     Status status = Status::Done;
     std::string message;
     std::vector<SequenceResult> sequences;
-    std::vector<llama_seq_id> seq_ids;  // those that `message` speaks of
     int32_t rows_done = 0;              // rows that the context holds now
     int32_t n_ubatches = 0;             // computed, the one that was stopped included
     size_t snapshot_bytes = 0;          // saved for the rollback
