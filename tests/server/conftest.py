@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,14 +11,14 @@ import pytest
 import llamacancel as lc
 from llamacancel.make_model import cached_model
 
-from .served import Served, serving, text_of
+from .served import Served, serving, steady, text_of
 
 ARCHITECTURES = ["llama", "hybrid"]
 
 
 @pytest.fixture(scope="session")
 def exact_model() -> Iterator[Callable[[str], lc.Model]]:
-    """Models of an architecture in F32, whose greedy text does not depend on the company."""
+    """Models of an architecture in F32."""
     with contextlib.ExitStack() as stack:
         models: dict[str, lc.Model] = {}
 
@@ -64,15 +63,16 @@ def llama(server_of: Callable[[str], Served]) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def alone() -> Callable[[Served, dict[str, Any]], str]:
-    """The text that a completion has when nothing else is going on."""
-    known: dict[tuple[int, str], str] = {}
+def known_text() -> Callable[..., tuple[dict[str, Any], str]]:
+    """Completions with the text that they have alone: `known_text(served, n, seed, max_tokens)` gives both."""
+    known: dict[tuple[int, ...], tuple[dict[str, Any], str]] = {}
 
-    def ask(served: Served, body: dict[str, Any]) -> str:
-        key = served.port, json.dumps(body, sort_keys=True)
+    def ask(served: Served, n: int, seed: int, max_tokens: int) -> tuple[dict[str, Any], str]:
+        key = served.port, n, seed, max_tokens
         if key not in known:
             served.wait_idle()
-            known[key] = text_of(served.post("/v1/completions", body))
+            body = steady(served, n, seed, max_tokens)
+            known[key] = body, text_of(served.post("/v1/completions", body))
         return known[key]
 
     return ask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import uvicorn
 
 import llamacancel as lc
@@ -37,21 +39,43 @@ class Hold:
     """An engine that waits before a step."""
 
     def __init__(self, when: Callable[[EngineSnapshot], bool]) -> None:
-        self._when = when
-        self._reached = threading.Event()
-        self._open = threading.Event()
+        self._changed = threading.Condition()
+        self._when: Callable[[EngineSnapshot], bool] | None = when
+        self._reached = False
 
     def wait(self) -> None:
         """Wait until the engine has come there."""
-        assert self._reached.wait(PATIENCE), "the engine never got there"
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._reached, PATIENCE), "the engine never got there"
+
+    def then(self, when: Callable[[EngineSnapshot], bool]) -> None:
+        """Let the engine go on to another place, and wait until it has come there."""
+        with self._changed:
+            self._when, self._reached = when, False
+            self._changed.notify_all()
+        self.wait()
 
     def release(self) -> None:
-        self._open.set()
+        """Let the engine go on, and hold it no more."""
+        with self._changed:
+            self._when, self._reached = None, False
+            self._changed.notify_all()
 
     def check(self, engine: lc.Engine) -> None:
-        if self._reached.is_set() or self._when(engine.snapshot()):
-            self._reached.set()
-            self._open.wait(PATIENCE)
+        """For the engine's thread: wait if this is the place."""
+        with self._changed:
+            while self._when is not None and self._when(engine.snapshot()):
+                self._reached = True
+                self._changed.notify_all()
+                assert self._changed.wait_for(lambda: not self._reached, PATIENCE), "the engine was never released"
+
+
+_numbers = itertools.count()
+
+
+def new_id(name: str) -> str:
+    """An id that no other request has."""
+    return f"{name}-{next(_numbers)}"
 
 
 class Served:
@@ -72,6 +96,7 @@ class Served:
         engine._core.runner.run = self._gated
         self._listener = socket.socket()
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)  # its connections have it, too
         self._listener.bind(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -120,6 +145,15 @@ class Served:
             self._hold = None
             hold.release()
 
+    def wait_known(self, *request_ids: str) -> None:
+        """Wait until the engine has requests, which wait or run."""
+
+        def known() -> bool:
+            now = self.engine.snapshot()
+            return set(request_ids) <= {view.id for view in (*now.queue, *now.active)}
+
+        eventually(known, f"the arrival of {request_ids}")
+
     def active(self, request_id: str) -> RequestView | None:
         return next((view for view in self.engine.snapshot().active if view.id == request_id), None)
 
@@ -127,8 +161,8 @@ class Served:
         return any(view.id == request_id for view in self.engine.snapshot().queue)
 
     def finished(self, request_id: str) -> RequestView | None:
-        """The last request with this id that has ended."""
-        return next((view for view in reversed(self.engine.snapshot().recent) if view.id == request_id), None)
+        """The request with this id, if it has ended."""
+        return next((view for view in self.engine.snapshot().recent if view.id == request_id), None)
 
     def wait_finished(self, request_id: str) -> RequestView:
         view: RequestView = eventually(lambda: self.finished(request_id), f"the end of {request_id}")
@@ -149,10 +183,18 @@ class Served:
 
     # -- raw clients
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+    def connect(self, buffer: int | None = None) -> socket.socket:
+        """A connection, which takes in no more than some bytes that nobody reads."""
+        connection = socket.socket()
+        connection.settimeout(PATIENCE)
+        if buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        connection.connect(("127.0.0.1", self.port))
+        return connection
 
-    def send(self, path: str, body: Any, request_id: str, part: float = 1.0) -> socket.socket:
+    def send(
+        self, path: str, body: Any, request_id: str, part: float = 1.0, buffer: int | None = None
+    ) -> socket.socket:
         """Send a request, or the first part of it, on a connection of its own."""
         content = json.dumps(body).encode()
         head = (
@@ -160,16 +202,17 @@ class Served:
             f"X-Request-Id: {request_id}\r\nContent-Length: {len(content)}\r\n\r\n"
         ).encode()
         data = head + content
-        connection = self.connect()
+        connection = self.connect(buffer)
         connection.sendall(data[: len(data) if part == 1.0 else int(len(head) + part * len(content))])
         return connection
 
 
 @contextlib.contextmanager
 def serving(model: lc.Model, *, app: dict[str, Any] | None = None, **engine: Any) -> Iterator[Served]:
-    """A server of a model with small steps: two slots, one thread, pieces of 32 rows."""
+    """A server of a model with small steps: two slots, one thread, pieces of 32 rows; and as exact as it gets."""
     settings: dict[str, Any] = {"slots": 2, "queue_limit": 8, "n_ctx": 2048, "n_ubatch": 32, "n_batch": 64}
-    served = Served(lc.Engine(model, **{**settings, "n_threads": 1, **engine}), **(app or {}))
+    exact: dict[str, Any] = {"n_threads": 1, "type_k": "f32", "type_v": "f32", "flash_attn": False}
+    served = Served(lc.Engine(model, **{**settings, **exact, **engine}), **(app or {}))
     served.start()
     try:
         yield served
@@ -197,6 +240,27 @@ def events_of(text: str) -> list[dict[str, Any]]:
 def greedy(prompt: Any, max_tokens: int = 24, **fields: Any) -> dict[str, Any]:
     """The body of a completion that is the same every time."""
     return {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **fields}
+
+
+def tokens(served: Served, n: int, seed: int) -> list[int]:
+    """A prompt of random tokens, which has nothing in common with that of another seed."""
+    chosen: list[int] = np.random.default_rng([seed, n]).integers(300, served.engine.model.n_vocab, n).tolist()
+    return chosen
+
+
+def steady(served: Served, n: int, seed: int, max_tokens: int) -> dict[str, Any]:
+    """The body of a completion whose text does not depend on the company it is computed in.
+
+    Rows that are computed together with others differ in their last bits. So this looks for a prompt on whose greedy way
+    no token is nearly as likely as the one that is chosen: nearly is some hundred times what such differences come to.
+    """
+    for attempt in range(1000):
+        given = tokens(served, n, seed + 1000 * attempt)
+        sampler = lc.Sampler(temperature=0)
+        result = served.engine.submit(given, max_tokens=max_tokens, sampler=sampler, logprobs=2).result()
+        if all(token.top[0][2] - token.top[1][2] > 0.005 for token in result.tokens):
+            return greedy(given, max_tokens)
+    raise AssertionError("there is no such prompt")
 
 
 def text_of(response: httpx.Response) -> str:
