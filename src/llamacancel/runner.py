@@ -217,7 +217,7 @@ class Runner:
         began = time.perf_counter()
         told: dict[int, Any]
         try:
-            told = context.decode(batch, tokens, abort_when="any").sequences
+            told = context.decode(batch, tokens, abort_when=plan.abort_when).sequences
         except DecodeCancelled as error:
             told = error.sequences
             outcome.aborted = bool(error.survivors)
@@ -227,7 +227,8 @@ class Runner:
             self._embedder = None
             return
         finally:
-            self.decode_seconds += time.perf_counter() - began
+            outcome.seconds = time.perf_counter() - began
+            self.decode_seconds += outcome.seconds
         for seq, request in enumerate(plan.embed):
             work = cast(Embedding, self.works[request.id])
             if told[seq].cancelled:

@@ -10,7 +10,9 @@ __all__ = ["Limits", "Pace", "abort_when", "place_of", "prompt_budget", "share"]
 
 _LEAST_ROWS = 32  # of a prompt in a step, however slow the machine is
 _ALONE = 5  # steps may be so many times longer while nobody generates: only newcomers wait for their end
-_GO_ON_SECONDS = 0.03  # a step this short is finished without the rows of those who were cancelled
+_GO_ON_SECONDS = 0.05  # a step this short is finished without the rows of those who were cancelled
+_PATIENCE = 0.5  # seconds that stopped steps may cost the others at once
+_PATIENCE_SHARE = 0.1  # and of the time in the long run
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,26 @@ def place_of(limits: Limits, priority: int, now: float) -> float:
 
 
 class Pace:
-    """A running measure of how long rows take."""
+    """A running measure of how long rows take.
 
-    __slots__ = ("row_seconds", "step_seconds")
+    Attributes:
+        row_seconds: Of one prompt row; None until one was seen.
+        step_seconds: Of a step without prompt rows.
+        patience: Seconds that steps stopped for somebody else's cancel may still cost.
+    """
+
+    __slots__ = ("patience", "row_seconds", "step_seconds")
 
     _WEIGHT = 0.2
 
     def __init__(self) -> None:
-        self.row_seconds: float | None = None  # of one prompt row
-        self.step_seconds = 0.0  # of a step without prompt rows
+        self.row_seconds: float | None = None
+        self.step_seconds = 0.0
+        self.patience = _PATIENCE
 
     def observe(self, prompt_rows: int, other_rows: int, seconds: float) -> None:
         """A step with so many rows took so long."""
+        self.patience = min(self.patience + _PATIENCE_SHARE * seconds, _PATIENCE)
         if prompt_rows == 0:
             self.step_seconds += self._WEIGHT * (seconds - self.step_seconds) if self.step_seconds else seconds
         elif prompt_rows >= 8:
@@ -75,6 +85,10 @@ class Pace:
                 self.row_seconds = measured
             else:
                 self.row_seconds += self._WEIGHT * (measured - self.row_seconds)
+
+    def observe_stop(self, seconds: float) -> None:
+        """A step was stopped, and so much of it was in vain."""
+        self.patience -= seconds
 
     def expected(self, prompt_rows: int, other_rows: int) -> float:
         """Seconds that a step with so many rows is going to take."""
@@ -123,12 +137,11 @@ def share(budget: int, wants: Sequence[tuple[int, int]]) -> list[int]:
     return given
 
 
-def abort_when(pace: Pace, prompt_rows: int, other_rows: int, n_requests: int, aborted: bool) -> Literal["all", "any"]:
-    """What a cancel of some rows of a step is to do, whichever costs the others less.
+def abort_when(pace: Pace, prompt_rows: int, other_rows: int) -> Literal["all", "any"]:
+    """What a cancel of some rows of a step is to do.
 
-    A short step goes on without them. A long one is stopped, which costs the others part of one ubatch, so that the
-    slot is free soon; but never twice in a row, so that no flood of cancels keeps the others from getting on.
+    A short step goes on without them, which costs the others nothing. A long one is stopped, so that the slot is free soon,
+    and run again without them: that costs the others a part of a step. A flood of cancels must not keep them from getting
+    on, so no more than a tenth of the time is spent in this way.
     """
-    if n_requests < 2 or aborted or not prompt_rows:
-        return "all"
-    return "any" if pace.expected(prompt_rows, other_rows) > _GO_ON_SECONDS else "all"
+    return "any" if pace.patience > 0 and pace.expected(prompt_rows, other_rows) > _GO_ON_SECONDS else "all"

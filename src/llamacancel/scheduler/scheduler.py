@@ -53,7 +53,6 @@ class Scheduler:
         self._embed_line: list[tuple[float, int, Request]] = []
         self._count = 0
         self._actions: list[Action] = []
-        self._aborted = False  # the last step was stopped early
         self._crowded = False  # the memory was full; nobody joins until somebody leaves
         self._embedded_last = False
 
@@ -91,10 +90,6 @@ class Scheduler:
         Returns:
             False if there is no such unfinished request.
         """
-        request = self.queue.pop(request_id, None)
-        if request is not None:
-            self._finish(request, ending, now)
-            return True
         request = self.find(request_id)
         if request is None:
             return False
@@ -127,7 +122,6 @@ class Scheduler:
         self.in_flight = None
         for request in (*self.queue.values(), *self.active.values(), *self.embedding):
             self._finish(request, "error", now, error)
-        self.queue.clear()
 
     def _enqueue(self, request: Request) -> None:
         request.state = "queued"
@@ -145,13 +139,22 @@ class Scheduler:
             heapq.heappop(line)
         return None
 
+    def _shorten(self) -> None:
+        """Takes those out of the lines who have left the queue, once they are the most."""
+        for line in (self._line, self._embed_line):
+            if len(line) > 2 * len(self.queue) + 64:
+                line[:] = [entry for entry in line if self.queue.get(entry[2].id) is entry[2]]
+                heapq.heapify(line)
+
     def _finish(self, request: Request, reason: FinishReason, now: float, error: Exception | None = None) -> None:
         request.state = "finished"
         request.finish_reason = reason
         request.error = error
         request.finished_at = now
         self._crowded = False
-        if request in self.embedding:
+        if self.queue.pop(request.id, None) is not None:
+            self._shorten()
+        elif request in self.embedding:
             self.embedding.remove(request)
         self._free_slot(request, now)
         self.changes.append(request)
@@ -190,8 +193,7 @@ class Scheduler:
             return False  # in turn with the generations
         rows = self.limits.embed_rows
         while (request := self._first(self._embed_line)) is not None:
-            alone = request.suspect or self._aborted
-            if plan.embed and (request.n_prompt > rows or alone):
+            if plan.embed and (request.n_prompt > rows or request.suspect):
                 break
             heapq.heappop(self._embed_line)
             del self.queue[request.id]
@@ -202,8 +204,10 @@ class Scheduler:
             self.embedding.append(request)
             plan.embed.append(request)
             rows -= request.n_prompt
-            if alone or len(plan.embed) == self.limits.embed_sequences:
+            if request.suspect or len(plan.embed) == self.limits.embed_sequences:
                 break
+        if self.pace.patience > 0:
+            plan.abort_when = "any"
         return bool(plan.embed)
 
     def _plan_rows(self, plan: Plan, now: float) -> None:
@@ -216,12 +220,10 @@ class Scheduler:
         for request in running:
             if request.rows_left == 1:
                 plan.rows.append(Rows(request, _slot_of(request), request.held, 1, True))
-        plan.n_other_rows = n_generating = len(plan.rows)
+        plan.n_other_rows = len(plan.rows)
         if prompts:
             self._plan_prompts(plan, prompts, budget, now)
-            plan.abort_when = policy.abort_when(
-                self.pace, plan.n_prompt_rows, n_generating, len(plan.rows), self._aborted
-            )
+        plan.abort_when = policy.abort_when(self.pace, plan.n_prompt_rows, plan.n_other_rows)
 
     def _plan_prompts(self, plan: Plan, prompts: list[Request], budget: int, now: float) -> None:
         prompts.sort(key=lambda request: (request.place, request.number))
@@ -390,7 +392,6 @@ class Scheduler:
         """Take in what came of the plan."""
         plan, self.in_flight = self.in_flight, None
         assert plan is not None, "there is no plan to commit"
-        self._aborted = outcome.aborted
         if outcome.fault is Fault.BROKEN:
             outcome.lost = [seq.id for seq in self.sequences]
         for seq_id in outcome.lost:
@@ -402,8 +403,7 @@ class Scheduler:
                 self._progress(rows, outcome, now)
             for request in plan.embed:
                 self._embedded(request, outcome, now)
-            if plan.rows and outcome.rows_done == plan.n_prompt_rows + plan.n_other_rows:
-                self.pace.observe(plan.n_prompt_rows, plan.n_other_rows, outcome.seconds)
+            self._observe(plan, outcome)
         for request in [rows.request for rows in plan.rows] + plan.embed:
             if request.state == "finished":
                 continue
@@ -413,6 +413,13 @@ class Scheduler:
                 self._finish(request, outcome.cancelled[request.id], now)
             elif request.ending is not None:
                 self._finish(request, request.ending, now)
+
+    def _observe(self, plan: Plan, outcome: Outcome) -> None:
+        n_rows = plan.n_prompt_rows + plan.n_other_rows
+        if outcome.aborted:
+            self.pace.observe_stop(outcome.seconds * (1 - outcome.rows_done / n_rows if n_rows else 1))
+        elif plan.rows and outcome.rows_done == n_rows:
+            self.pace.observe(plan.n_prompt_rows, plan.n_other_rows, outcome.seconds)
 
     def _progress(self, rows: Rows, outcome: Outcome, now: float) -> None:
         request, seq = rows.request, self.sequences[rows.slot]
