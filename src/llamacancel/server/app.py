@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from .. import __version__
 from ..engine import Engine
-from . import chat, completions, embeddings, errors, ops
+from . import chat, completions, embeddings, errors, live, ops
 from .limits import ApiKeys, BodyLimit, LastResort, RequestIds
 from .service import Service
 
@@ -89,7 +89,7 @@ def create_app(
     )
     app.state.service = service
     errors.install(app)
-    for module in (completions, chat, embeddings, ops):
+    for module in (completions, chat, embeddings, ops, live):
         app.include_router(module.router)
     app.openapi = _described(app, with_keys=bool(keys))  # type: ignore[method-assign]
     return app

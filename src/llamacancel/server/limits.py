@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from . import live
 from .errors import ApiError, error_response
 
 __all__ = ["ApiKeys", "BodyLimit", "LastResort", "RequestIds"]
@@ -18,7 +19,7 @@ __all__ = ["ApiKeys", "BodyLimit", "LastResort", "RequestIds"]
 logger = logging.getLogger("llamacancel.server")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
-OPEN_PATHS = frozenset({"/", "/health"})
+OPEN_PATHS = live.PATHS | {"/health"}
 """Served without a key: the page (it has no data of its own) and what load balancers ask."""
 
 
@@ -70,7 +71,7 @@ class ApiKeys:
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._holds_key(scope):
+        if scope["type"] == "http" and _path(scope) not in OPEN_PATHS and not self._holds_key(scope):
             error = ApiError(
                 401,
                 "this needs an API key: Authorization: Bearer KEY",
@@ -85,6 +86,12 @@ class ApiKeys:
         given = _digest(key.strip().encode("latin-1"))
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return kind.lower() == "bearer" and any(matches)
+
+
+def _path(scope: Scope) -> str:
+    """The path within the app, wherever that is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _digest(key: bytes) -> bytes:

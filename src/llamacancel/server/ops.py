@@ -1,12 +1,11 @@
-"""What is beside generation: models, tokens, health, metrics, slots, cancelling by id, and the page."""
+"""What is beside generation: models, tokens, health, metrics, slots, and cancelling by id."""
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from . import answers
 from .errors import ApiError
@@ -147,10 +146,3 @@ async def slots(request: Request) -> Response:
 async def events(request: Request) -> Response:
     """As `/slots`, again whenever something changes; after the first, `recent` has only what is new."""
     return EventsResponse(_service(request))
-
-
-@router.get("/", response_class=HTMLResponse, include_in_schema=False)
-async def page() -> Response:
-    """The live page."""
-    text = resources.files(__package__).joinpath("page", "index.html").read_text(encoding="utf-8")
-    return HTMLResponse(text, headers={"cache-control": "no-cache"})
