@@ -37,12 +37,12 @@ target_link_libraries(llamacancel_llama INTERFACE llama)
 # The guarded decode reads llama.cpp's memory classes, which its public header does not declare.
 target_include_directories(llamacancel_llama SYSTEM INTERFACE ${llama_dir}/src)
 
-# vendor/patches lets a kernel look at the token inside a node. Another checkout does so only between two nodes.
-file(STRINGS ${llama_dir}/ggml/src/ggml-cpu/ggml-cpu-impl.h looks_inside_nodes REGEX ggml_cpu_aborted)
-if(looks_inside_nodes)
-    target_compile_definitions(llamacancel_llama INTERFACE LLAMACANCEL_LOOKS_INSIDE_NODES)
+# With vendor/patches kernels look at the token inside a node, and other backends than the CPU between pieces of a graph.
+file(STRINGS ${llama_dir}/ggml/src/ggml-cpu/ggml-cpu-impl.h patched REGEX ggml_cpu_aborted)
+if(patched)
+    target_compile_definitions(llamacancel_llama INTERFACE LLAMACANCEL_PATCHED)
 else()
-    message(STATUS "llamacancel: ${llama_dir} is without vendor/patches; a cancel waits for the end of a graph node")
+    message(STATUS "llamacancel: ${llama_dir} is without vendor/patches; a cancel waits for the end of a graph node, on a GPU of a ubatch")
 endif()
 
 # The converter from JSON schemas to grammars, of llama.cpp's `common`, without the rest of it.

@@ -61,8 +61,9 @@ cdef class Context:
         n_threads: Threads for the computation; None for all CPUs that the process may use.
         n_threads_batch: Threads for more than one row at a time; None for the same.
         cancel_latency: Seconds from a cancel to the call's return to aim for. The context cuts its work to
-            meet it and says in `latency_plan` what it chose: on a CPU the token is looked at after each graph
-            node, and rows are so few that a node takes four fifths of this time. None: no aim.
+            meet it and says in `latency_plan` what it measured and chose: on a CPU smaller ubatches, where
+            looks at the token would lie too far apart; on other devices pieces of a ubatch's graph, with
+            looks at the token between. None: no aim.
         embeddings: Compute embeddings. Every row is an output then.
         pooling: "none", "mean", "cls", "last" or "rank"; None for what the model says.
         kv_unified: One cache for all sequences, which may then share rows. False: n_ctx is divided among them.
@@ -82,7 +83,7 @@ cdef class Context:
                  flash_attn="auto", type_k="f16", type_v="f16", swa_full=False, rope_scaling=None,
                  rope_freq_base=None, rope_freq_scale=None, yarn_ext_factor=None, yarn_attn_factor=None,
                  yarn_beta_fast=None, yarn_beta_slow=None, yarn_orig_ctx=None, offload_kqv=True, op_offload=True,
-                 no_perf=False):
+                 no_perf=False, _n_pieces=None):
         model._check_open()
         enter_process()
         cdef shared_ptr[ModelBox] model_box = model.box
@@ -144,16 +145,17 @@ cdef class Context:
         # Encoders and pooling read a sequence in one piece, whatever that takes.
         one_piece = model.memory_kind == "none" or not model_box.get().causal() or model.has_encoder or (embeddings and pooling != "none")
         if n_ubatch is not None:
-            limit = _params.integer("n_ubatch", n_ubatch, 1, 2**31 - 1)
-            cut = Cut.exactly(min(limit, params.n_batch))
+            limit = min(_params.integer("n_ubatch", n_ubatch, 1, 2**31 - 1), params.n_batch)
         elif one_piece:
-            cut = Cut.exactly(params.n_batch)
-        elif cancel_latency is None or not model_box.get().on_cpu():
-            cut = Cut.exactly(limit)
-        else:
+            limit = params.n_batch
+        cut = Cut.exactly(limit)
+        on_cpu = model_box.get().on_cpu()
+        if cancel_latency is not None and not (on_cpu and (one_piece or n_ubatch is not None)):
             with nogil:
                 cost = model_box.get().gap_cost(params.n_threads_batch)
-            cut = Cut.choose(target, cost, limit)
+            cut = Cut.choose(target, cost, limit) if on_cpu else Cut.for_device(target, cost, limit)
+        if _n_pieces is not None:  # a seam for tests: a CPU that is stopped between pieces of a graph only
+            cut.n_pieces = _params.integer("_n_pieces", _n_pieces, 1, 2**31 - 1)
 
         cdef string message
         with nogil:
@@ -434,10 +436,12 @@ cdef class Context:
         """How the context cuts its work, as a `LatencyPlan`."""
         self._check_open()
         cdef Cut cut = self.box.get().cut()
-        if cut.fixed:
-            return _params.LatencyPlan(None, cut.n_ubatch, cut.max_outputs, None, None)
+        n_pieces = cut.pieces_at(cut.n_ubatch, cut.n_ubatch)
+        if cut.target == 0:
+            return _params.LatencyPlan(None, cut.n_ubatch, cut.max_outputs, n_pieces, None, None)
         gap = cut.cost.seconds + cut.cost.seconds_per_row * cut.n_ubatch
-        return _params.LatencyPlan(cut.target, cut.n_ubatch, cut.max_outputs, gap, cut.cost.seconds_per_row_kv * 1000)
+        return _params.LatencyPlan(cut.target, cut.n_ubatch, cut.max_outputs, n_pieces, gap,
+                                   cut.cost.seconds_per_row_kv * 1000)
 
     def set_lora(self, adapters=()):
         """Use these LoRA adapters from the next call on: pairs of `LoraAdapter` and scale. None: no adapter."""

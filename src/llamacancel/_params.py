@@ -58,8 +58,10 @@ class LatencyPlan:
         target: Seconds from cancel to return that were asked for; None if `n_ubatch` was given or nothing asked.
         n_ubatch: Most rows that are computed together.
         max_outputs: Most rows with logits in one ubatch.
+        n_pieces: Pieces in which the graph of a full ubatch is handed to a device that is no CPU; 0: as a whole.
         node_seconds: The longest time between two looks at the token that is expected with `n_ubatch` rows, as
-            measured when the model's first context was made. None if not measured.
+            measured when the model's first context was made (of a whole ubatch, where there are pieces to cut it into).
+            None if not measured.
         attention_seconds: By how much it grows for a row and 1,000 cells that the row looks at. Near the end of
             a long context ubatches may get smaller for it. None if not measured.
     """
@@ -67,5 +69,6 @@ class LatencyPlan:
     target: float | None
     n_ubatch: int
     max_outputs: int
+    n_pieces: int
     node_seconds: float | None
     attention_seconds: float | None

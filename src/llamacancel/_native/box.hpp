@@ -162,6 +162,9 @@ private:
 
     class Run;
 
+    // Has the next graph handed over in pieces, see Cut::pieces_at().
+    void stop_between(uint32_t n_pieces);
+
     // Destroyed from the last to the first: the context before its slot, both before the model.
     const std::shared_ptr<ModelBox> model_;
     CallSlot slot_;

@@ -2,6 +2,8 @@
 #include <chrono>
 
 #include "box.hpp"
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
 #include "llama-context.h"
 #include "llama-kv-cache.h"
 
@@ -35,6 +37,20 @@ ContextBox::ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, con
 }
 
 ContextBox::~ContextBox() { llama_free(ctx_); }
+
+void ContextBox::stop_between([[maybe_unused]] uint32_t n_pieces) {
+#ifdef LLAMACANCEL_PATCHED
+    ctx_->n_abort_pieces = static_cast<int>(n_pieces);
+    if (cut_.n_pieces > 0 && ctx_->get_sched()) {  // a test: the CPU must not look inside a piece
+        for (int i = 0; i < ggml_backend_sched_get_n_backends(ctx_->get_sched()); ++i) {
+            ggml_backend_t backend = ggml_backend_sched_get_backend(ctx_->get_sched(), i);
+            if (ggml_backend_is_cpu(backend)) {
+                ggml_backend_cpu_set_abort_callback(backend, nullptr, nullptr);
+            }
+        }
+    }
+#endif
+}
 
 bool ContextBox::pooled() const noexcept {
     return output_all_ && llama_pooling_type(ctx_) != LLAMA_POOLING_TYPE_NONE;

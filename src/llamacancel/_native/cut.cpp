@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <iterator>
 #include <memory>
 #include <numeric>
@@ -17,13 +18,15 @@ namespace {
 
 constexpr uint32_t kFewestRows = 8;
 constexpr uint32_t kProbeCells = 1024;
-constexpr int32_t kFewProbeRows = 32, kProbeRows = 128;
 constexpr int64_t kPassNs = 100'000'000;  // at most, one pass over the first layers
 constexpr int64_t kProbeNs = 60'000'000;  // cheap passes are repeated this long
 constexpr int kPasses = 3, kMostPasses = 20;
 // The share of the target that may pass between two looks at the token. The rest is for the look that has
 // just missed the cancel, for the repair, and for a machine that is busier than it was when we measured.
 constexpr double kGapShare = 0.8;
+// A cancel waits for what is left of two pieces of a graph, and pieces of as many nodes differ in what they cost.
+constexpr double kPiecesPerGap = 3;
+constexpr uint32_t kMostPieces = 256;
 
 uint32_t round_down(double rows) {
     if (!(rows < 4096)) {
@@ -37,10 +40,10 @@ uint32_t round_down(double rows) {
 // A scratch context whose abort callback notes the longest times between two of its calls.
 class Probe {
 public:
-    Probe(llama_model * model, int32_t n_threads) {
+    Probe(llama_model * model, int32_t n_threads, int32_t most_rows) {
         llama_context_params params = llama_context_default_params();
         params.n_ctx = kProbeCells;
-        params.n_batch = params.n_ubatch = kProbeRows;
+        params.n_batch = params.n_ubatch = most_rows;
         params.n_seq_max = 1;
         params.n_threads = params.n_threads_batch = n_threads;
         params.abort_callback = on_poll;
@@ -60,7 +63,7 @@ public:
         const int64_t end_ns = now_ns() + kProbeNs;
         for (int i = 0; i < kPasses || (i < kMostPasses && now_ns() < end_ns); ++i) {
             pass(n_rows, n_past);
-            calmest = std::min(calmest, longest_ns_.back());
+            calmest = std::min(calmest, longest_ns_.back() > 0 ? longest_ns_.back() : longest_ns_.front());
         }
         return calmest * 1e-9;
     }
@@ -84,6 +87,7 @@ private:
         last_ns_ = now_ns();
         stop_ns_ = last_ns_ + kPassNs;
         const int status = llama_decode(ctx_.get(), batch);
+        llama_synchronize(ctx_.get());
         note();
         return status == 0 || status == 2;
     }
@@ -112,21 +116,22 @@ private:
 
 }  // namespace
 
-GapCost measure_gap_cost(llama_model * model, int32_t n_threads) {
+GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu) {
     const bool always = true;
     QuietLog quiet(always);  // each pass is stopped on its way
-    Probe probe(model, n_threads);
-    const double few = probe.longest_gap(kFewProbeRows, 0);
-    const double more = probe.longest_gap(kProbeRows, 0);
-    const uint32_t n_past = kProbeCells - kProbeRows;
-    const double far = probe.longest_gap(kProbeRows, n_past);
+    const int32_t few_rows = on_cpu ? 32 : 128, more_rows = 4 * few_rows;
+    const uint32_t n_past = kProbeCells - more_rows;
+    Probe probe(model, n_threads, more_rows);
+    const double few = probe.longest_gap(few_rows, 0);
+    const double more = probe.longest_gap(more_rows, 0);
+    const double far = probe.longest_gap(more_rows, n_past);
 
     GapCost cost;
-    cost.seconds_per_row = std::max(0.0, more - few) / (kProbeRows - kFewProbeRows);
-    cost.seconds = std::max(0.0, more - kProbeRows * cost.seconds_per_row);
-    cost.seconds_per_row_kv = std::max(0.0, far - more) / (double(kProbeRows) * n_past);
+    cost.seconds_per_row = std::max(0.0, more - few) / (more_rows - few_rows);
+    cost.seconds = std::max(0.0, more - more_rows * cost.seconds_per_row);
+    cost.seconds_per_row_kv = std::max(0.0, far - more) / (double(more_rows) * n_past);
 
-#ifndef LLAMACANCEL_LOOKS_INSIDE_NODES
+#ifndef LLAMACANCEL_PATCHED
     // The output matrix is as wide as the vocabulary; its rows are as many as the outputs asked for.
     double largest = 0;
     for (const auto & [name, tensor] : model->tensors_by_name) {
@@ -156,6 +161,26 @@ Cut Cut::exactly(uint32_t n_ubatch) {
     cut.n_ubatch = cut.max_outputs = n_ubatch;
     cut.fixed = true;
     return cut;
+}
+
+Cut Cut::for_device(double target, const GapCost & cost, uint32_t n_ubatch) {
+    Cut cut = exactly(n_ubatch);
+    cut.target = target;
+    cut.cost = cost;
+    cut.on_device = true;
+    return cut;
+}
+
+uint32_t Cut::pieces_at(uint32_t n_rows, uint32_t n_kv) const {
+    if (n_pieces > 0) {
+        return n_pieces;
+    }
+    if (!on_device || n_rows == 1) {
+        return 0;
+    }
+    const double gap = cost.seconds + n_rows * (cost.seconds_per_row + cost.seconds_per_row_kv * n_kv);
+    const double share = gap / (target * kGapShare);
+    return share <= 1 ? 0 : std::min(kMostPieces, static_cast<uint32_t>(std::ceil(kPiecesPerGap * share)));
 }
 
 uint32_t Cut::rows_at(uint32_t n_kv) const {

@@ -36,8 +36,9 @@ struct GapCost {
     double seconds_per_output = 0;  // for each row with logits, where a node is the least that can be stopped
 };
 
-// Runs some tokens through the first layers, a few times for at most 0.1 s each.
-GapCost measure_gap_cost(llama_model * model, int32_t n_threads);
+// Runs some tokens through the first layers, a few times for at most 0.1 s each; through all of them on other devices than
+// the CPU, which do not look inside a graph.
+GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu);
 
 // The cut of one context, fixed when it is made.
 struct Cut {
@@ -45,14 +46,20 @@ struct Cut {
     uint32_t n_ubatch = 512;   // most rows in one ubatch
     uint32_t max_outputs = 0;  // most output rows in one ubatch
     bool fixed = false;        // n_ubatch was given: neither attention nor outputs cut it further
+    bool on_device = false;    // not on the CPU: graphs are handed over in pieces, and the token is looked at between
+    uint32_t n_pieces = 0;     // if not 0, always so many: for tests, as if the CPU were such a device
     GapCost cost;
 
     // Chooses for a CPU. `limit`: most rows that would ever be worth it.
     static Cut choose(double target, const GapCost & cost, uint32_t limit);
     static Cut exactly(uint32_t n_ubatch);
+    static Cut for_device(double target, const GapCost & cost, uint32_t n_ubatch);
 
     // Most rows of a ubatch that looks at `n_kv` cells.
     uint32_t rows_at(uint32_t n_kv) const;
+
+    // Pieces in which the graph of a ubatch is handed to the device; 0: as a whole, as a single token always is.
+    uint32_t pieces_at(uint32_t n_rows, uint32_t n_kv) const;
 
 private:
     double budget() const;

@@ -192,6 +192,7 @@ private:
         try {
             AssertionGuard guard;
             QuietLog quiet(call_.stopped());
+            box_.stop_between(box_.cut_.pieces_at(batch.n_tokens, batch.pos[batch.n_tokens - 1] + 1));
             const int32_t code = encoding_ ? llama_encode(box_.ctx_, batch) : llama_decode(box_.ctx_, batch);
             llama_synchronize(box_.ctx_);
             return code;

@@ -476,7 +476,7 @@ GapCost ModelBox::gap_cost(int32_t n_threads) {
     if (known != cost_.end()) {
         return known->second;
     }
-    return cost_[n_threads] = measure_gap_cost(model_, n_threads);
+    return cost_[n_threads] = measure_gap_cost(model_, n_threads, on_cpu_);
 }
 
 }  // namespace llamacancel
