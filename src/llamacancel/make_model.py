@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import mmap
 import os
-import struct
+import sys
 import time
-import uuid
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from ._gguf import QUANTS, Array, ModelWriter, read_gguf
 
 __all__ = ["ARCHITECTURES", "SIZES", "add_arguments", "cached_model", "find_vocab", "make_lora", "make_model", "run"]
 
@@ -45,7 +43,6 @@ SIZES: dict[str, str] = {
     "small": "for benchmarks: about 25 M parameters beside the vocabulary",
     "1b": "about 1.1 B parameters, Q8_0",
 }
-QUANTS = ("f32", "f16", "q8_0")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -53,9 +50,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-Array = NDArray[Any]
-Make = Callable[[np.random.Generator], Array]
 
 
 @dataclass(frozen=True)
@@ -153,7 +147,8 @@ def make_model(
     quant = _quant_of(size, quant)
     vocab_path = find_vocab(vocab or ("bert-bge" if arch == "embedding" else "llama-spm"))
     gguf_arch, build = _BUILDERS[arch]
-    writer = ModelWriter(gguf_arch, shape, seed=seed, quant=quant, vocab=vocab_path)
+    writer = ModelWriter(gguf_arch, seed=seed, quant=quant, keys=_read_vocab(vocab_path))
+    _shape_params(writer, shape)
     writer.describe(f"llamacancel {arch} {size}", f"Random weights, seed {seed}, {quant}: {ARCHITECTURES[arch]}.")
     build(writer, shape)
     return writer.write(Path(path), progress)
@@ -205,7 +200,7 @@ def make_lora(
         ValueError: The model is no GGUF file, or has no attention matrices to adapt.
         ImportError: The `gguf` package is missing.
     """
-    keys, tensors = _read_gguf(Path(model_path))
+    keys, tensors = read_gguf(Path(model_path))
     arch = keys["general.architecture"].decode()
     targets = {name: ne for name, ne in tensors.items() if name.endswith((".attn_q.weight", ".attn_v.weight"))}
     if not targets:
@@ -263,9 +258,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make the model that the command line asks for, print what was made, and return the exit status."""
     start = time.perf_counter()
-    path = make_model(args.path, args.arch, args.size, seed=args.seed, quant=args.quant, vocab=args.vocab)
+    progress = _show if sys.stderr.isatty() else None
+    path = make_model(
+        args.path, args.arch, args.size, seed=args.seed, quant=args.quant, vocab=args.vocab, progress=progress
+    )
     seconds = time.perf_counter() - start
-    parameters = sum(math.prod(ne) for ne in _read_gguf(path)[1].values())
+    parameters = sum(math.prod(ne) for ne in read_gguf(path)[1].values())
     print(
         f"{path}: {args.arch} {args.size} ({_quant_of(args.size, args.quant)}), "
         f"{parameters / 1e6:.1f} M parameters, {path.stat().st_size / 1e6:.1f} MB, {seconds:.1f} s"
@@ -273,111 +271,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor to be written: its bytes are made when its turn comes."""
-
-    name: str
-    shape: tuple[int, ...]
-    quant: str
-    make: Make
-
-    @property
-    def nbytes(self) -> int:
-        """Size in the file."""
-        count = math.prod(self.shape)
-        return count // 32 * 34 if self.quant == "q8_0" else count * (2 if self.quant == "f16" else 4)
-
-
-class ModelWriter:
-    """Collects keys and tensors of a model, then streams them to a GGUF file.
-
-    Shapes are NumPy's: the last axis is the input of a matrix, which llama.cpp calls ne[0].
-    """
-
-    def __init__(
-        self, arch: str, shape: Shape | None = None, *, seed: int, quant: str, vocab: Path | None = None
-    ) -> None:
-        """Start a file; with a shape and a vocabulary, it has the keys that all models share."""
-        self.arch, self.seed, self.quant = arch, seed, quant
-        self.keys: dict[str, Any] = {}
-        self.tensors: list[Tensor] = []
-        if vocab is not None:
-            self.keys.update(_read_vocab(vocab))
-        self.n_vocab = len(self.keys.get("tokenizer.ggml.tokens", ()))
-        if shape is not None:
-            self.param("vocab_size", self.n_vocab)
-            self.param("context_length", shape.n_ctx)
-            self.param("embedding_length", shape.n_embd)
-            self.param("block_count", shape.n_layer)
-            self.param("feed_forward_length", shape.n_ff)
-
-    def describe(self, name: str, description: str) -> None:
-        """Set the general keys."""
-        self.key("general.name", name)
-        self.key("general.description", description)
-        self.key("general.file_type", {"f32": 0, "f16": 1, "q8_0": 7}[self.quant])
-        self.key("general.quantization_version", 2)
-
-    def key(self, name: str, value: object) -> None:
-        """Set a key; integers are written as uint32."""
-        self.keys[name] = value
-
-    def param(self, name: str, value: object) -> None:
-        """Set a key of the architecture."""
-        self.key(f"{self.arch}.{name}", value)
-
-    def matrix(self, name: str, n_in: int, n_out: int, *, gain: float = 1.0, lead: Sequence[int] = ()) -> None:
-        """Add a matrix whose product with a vector of unit size has size `gain`; `lead` stacks several."""
-        shape = (*lead, n_out, n_in)
-        std = gain / math.sqrt(n_in)
-        quant = "f32" if self.quant == "q8_0" and n_in % 32 else self.quant
-        self.tensors.append(Tensor(name, shape, quant, lambda rng: _random(rng, shape, std, quant)))
-
-    def vector(self, name: str, n: int, *, mean: float = 1.0, std: float = 0.1) -> None:
-        """Add a vector in F32: a norm's weights, a bias."""
-        self.exact(name, (n,), lambda rng: mean + std * rng.standard_normal(n, dtype=np.float32))
-
-    def normal(self, name: str, shape: tuple[int, ...], *, gain: float) -> None:
-        """Add a matrix in F32, for those that llama.cpp wants so."""
-        std = gain / math.sqrt(shape[-1])
-        self.exact(name, shape, lambda rng: std * rng.standard_normal(shape, dtype=np.float32))
-
-    def exact(self, name: str, shape: tuple[int, ...], make: Make) -> None:
-        """Add a tensor in F32 that a function makes."""
-        self.tensors.append(Tensor(name, shape, "f32", lambda rng: make(rng).astype(np.float32)))
-
-    def write(self, path: Path, progress: Callable[[float], object] | None = None) -> Path:
-        """Write the file under a temporary name, then rename it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            self._write(part, progress or (lambda fraction: None))
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-        return path
-
-    def _write(self, path: Path, progress: Callable[[float], object]) -> None:
-        gguf = _gguf()
-        writer = gguf.GGUFWriter(os.fspath(path), self.arch)
-        for name, value in self.keys.items():
-            writer.add_key_value(name, value, _value_type(value))
-        for tensor in self.tensors:
-            kind = gguf.GGMLQuantizationType[tensor.quant.upper()]
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            total, done = sum(tensor.nbytes for tensor in self.tensors), 0
-            for tensor in self.tensors:
-                rng = np.random.default_rng([self.seed, zlib.crc32(tensor.name.encode())])
-                writer.write_tensor_data(tensor.make(rng))
-                done += tensor.nbytes
-                progress(done / total)
-        finally:
-            writer.close()
+def _show(fraction: float) -> None:
+    print(f"\rwriting weights: {fraction:4.0%}", end="" if fraction < 1 else "\r\x1b[2K", file=sys.stderr, flush=True)
 
 
 def _build_llama(w: ModelWriter, s: Shape) -> None:
@@ -491,7 +386,7 @@ def _build_bert(w: ModelWriter, s: Shape) -> None:
     w.param("attention.causal", False)
     w.param("pooling_type", 1)
     w.keys.setdefault("tokenizer.ggml.token_type_count", 2)
-    w.matrix("token_embd.weight", s.n_embd, w.n_vocab)
+    w.matrix("token_embd.weight", s.n_embd, _n_vocab(w))
     w.matrix("position_embd.weight", s.n_embd, s.n_ctx, gain=0.5)
     w.normal("token_types.weight", (2, s.n_embd), gain=0.1)
     _layer_norm(w, "token_embd_norm", s.n_embd)
@@ -504,6 +399,19 @@ def _build_bert(w: ModelWriter, s: Shape) -> None:
         for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"):
             w.vector(f"{blk}.{name}.bias", s.n_ff if name == "ffn_up" else s.n_embd, mean=0.0)
         _layer_norm(w, f"{blk}.layer_output_norm", s.n_embd)
+
+
+def _shape_params(w: ModelWriter, s: Shape) -> None:
+    """Set the keys that all architectures share."""
+    w.param("vocab_size", _n_vocab(w))
+    w.param("context_length", s.n_ctx)
+    w.param("embedding_length", s.n_embd)
+    w.param("block_count", s.n_layer)
+    w.param("feed_forward_length", s.n_ff)
+
+
+def _n_vocab(w: ModelWriter) -> int:
+    return len(w.keys["tokenizer.ggml.tokens"])
 
 
 def _attention_params(w: ModelWriter, s: Shape) -> None:
@@ -520,7 +428,7 @@ def _embedding(w: ModelWriter, s: Shape, *, std: float, norm: str = "output_norm
     The embeddings are small beside what the layers add, so a token does not predict itself.
     """
     w.key("tokenizer.chat_template", CHAT_TEMPLATE)
-    w.matrix("token_embd.weight", s.n_embd, w.n_vocab, gain=std * math.sqrt(s.n_embd))
+    w.matrix("token_embd.weight", s.n_embd, _n_vocab(w), gain=std * math.sqrt(s.n_embd))
     w.vector(f"{norm}.weight", s.n_embd, mean=3.0 / (std * math.sqrt(s.n_embd)))
 
 
@@ -573,25 +481,6 @@ def _dt_bias(rng: np.random.Generator, n: int) -> Array:
     return dt + np.log(-np.expm1(-dt))
 
 
-def _random(rng: np.random.Generator, shape: tuple[int, ...], std: float, quant: str) -> Array:
-    if quant == "q8_0":
-        return _random_q8_0(rng, shape, std)
-    values = rng.standard_normal(shape, dtype=np.float32)
-    values *= std
-    return values.astype(np.float16) if quant == "f16" else values
-
-
-def _random_q8_0(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Array:
-    """Draw the blocks themselves: an F16 scale and 32 int8 values, which are uniform, so their size is 127/sqrt(3)."""
-    blocks = np.empty((math.prod(shape) // 32, 34), np.uint8)
-    blocks[:, 2:] = np.frombuffer(rng.bytes(len(blocks) * 32), np.uint8).reshape(-1, 32)
-    quants = blocks[:, 2:].view(np.int8)
-    np.maximum(quants, -127, out=quants)
-    scales = std * math.sqrt(3) / 127 * rng.uniform(0.8, 1.2, len(blocks))
-    blocks[:, :2] = scales.astype("<f2").view(np.uint8).reshape(-1, 2)
-    return blocks
-
-
 _BUILDERS: dict[str, tuple[str, Callable[[ModelWriter, Shape], None]]] = {
     "llama": ("llama", _build_llama),
     "swa": ("gemma3", _build_gemma3),
@@ -623,68 +512,6 @@ def _quant_of(size: str, quant: str | None) -> str:
     return quant
 
 
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError('making models needs the gguf package: pip install "llamacancel[models]"') from error
-    return gguf
-
-
 @lru_cache(maxsize=2)
 def _read_vocab(path: Path) -> dict[str, Any]:
-    return {name: value for name, value in _read_gguf(path)[0].items() if name.startswith("tokenizer.")}
-
-
-def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Read the keys and the tensors' shapes (ne) of a GGUF file; strings stay bytes."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cursor = _Cursor(data)
-        magic, _, n_tensors, n_keys = cursor.unpack("<4sIQQ")
-        if magic != b"GGUF":
-            raise ValueError(f"{path} is no GGUF file")
-        keys = {cursor.text().decode(): cursor.value(cursor.number("I")) for _ in range(n_keys)}
-        tensors = {}
-        for _ in range(n_tensors):
-            name = cursor.text().decode()
-            tensors[name] = cursor.unpack(f"<{cursor.number('I')}Q")
-            cursor.unpack("<IQ")  # type and offset
-    return keys, tensors
-
-
-class _Cursor:
-    """Reads the parts of a GGUF file in turn."""
-
-    _CODES = "BbHhIif?saQqd"  # struct's, by GGUF type; s and a are its strings and arrays
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
-
-    def unpack(self, layout: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(layout, self.data, self.at)
-        self.at += struct.calcsize(layout)
-        return values
-
-    def number(self, code: str) -> Any:
-        return self.unpack(f"<{code}")[0]
-
-    def text(self) -> bytes:
-        size = self.number("Q")
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def value(self, kind: int) -> Any:
-        code = self._CODES[kind]
-        if code == "s":
-            return self.text()
-        if code != "a":
-            return self.number(code)
-        item, count = self.unpack("<IQ")
-        if self._CODES[item] == "s":
-            return [self.text() for _ in range(count)]
-        return list(self.unpack(f"<{count}{self._CODES[item]}"))
-
-
-def _value_type(value: object) -> Any:
-    kinds = {list: "ARRAY", str: "STRING", bytes: "STRING", bool: "BOOL", float: "FLOAT32", int: "UINT32"}
-    return _gguf().GGUFValueType[kinds[type(value)]]
+    return {name: value for name, value in read_gguf(path)[0].items() if name.startswith("tokenizer.")}
