@@ -169,8 +169,13 @@ class Served:
         return view
 
     def wait_noticed(self, request_id: str) -> None:
-        """Wait until the server knows that the client of a request has hung up."""
-        eventually(lambda: self.service.groups[request_id].disconnected, f"the hang-up of {request_id}")
+        """Wait until the server knows that the client of a request, which it has begun, has hung up."""
+
+        def noticed() -> bool:
+            group = self.service.groups.get(request_id)
+            return group is None or group.disconnected
+
+        eventually(noticed, f"the hang-up of {request_id}")
 
     def wait_idle(self) -> None:
         """Wait until nothing is on its way."""
@@ -205,6 +210,19 @@ class Served:
         connection = self.connect(buffer)
         connection.sendall(data[: len(data) if part == 1.0 else int(len(head) + part * len(content))])
         return connection
+
+
+def any_step(_: EngineSnapshot) -> bool:
+    """A place to hold an engine: before any step."""
+    return True
+
+
+def in_state(request_id: str, state: str, done: int = 0, written: int = 0) -> Callable[[EngineSnapshot], bool]:
+    """A place to hold an engine: a request is in a state, with so much of its prompt done and of its answer written."""
+    return lambda now: any(
+        view.id == request_id and view.state == state and view.prompt_done >= done and view.completion_tokens >= written
+        for view in now.active
+    )
 
 
 @contextlib.contextmanager
@@ -251,8 +269,8 @@ def tokens(served: Served, n: int, seed: int) -> list[int]:
 def steady(served: Served, n: int, seed: int, max_tokens: int) -> dict[str, Any]:
     """The body of a completion whose text does not depend on the company it is computed in.
 
-    Rows that are computed together with others differ in their last bits. So this looks for a prompt on whose greedy way
-    no token is nearly as likely as the one that is chosen: nearly is some hundred times what such differences come to.
+    Rows that are computed together with others differ in their last bits. So this looks for a prompt on whose greedy
+    way no token is nearly as likely as the one that is chosen; "nearly" is some hundred times such a difference.
     """
     for attempt in range(1000):
         given = tokens(served, n, seed + 1000 * attempt)

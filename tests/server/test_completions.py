@@ -129,12 +129,13 @@ def test_penalties_change_what_is_chosen(llama: Served) -> None:
         assert text_of(llama.post(PATH, greedy("a a a a a a a a a a", 24, **field))) != plain
 
 
-@pytest.mark.parametrize(
-    "field", [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}], ids=["top_k", "top_p", "min_p"]
-)
+@pytest.mark.parametrize("field", [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}], ids=["top_k", "top_p", "min_p"])
 def test_truncations_leave_the_likeliest(llama: Served, field: dict[str, float]) -> None:
     likeliest = text_of(llama.post(PATH, greedy(TEXT, 8)))
-    assert text_of(llama.post(PATH, {"prompt": TEXT, "max_tokens": 8, "temperature": 1.0, "seed": 5, **field})) == likeliest
+    assert (
+        text_of(llama.post(PATH, {"prompt": TEXT, "max_tokens": 8, "temperature": 1.0, "seed": 5, **field}))
+        == likeliest
+    )
 
 
 def test_logprobs_come_in_the_form_of_completions(served: Served) -> None:
@@ -150,8 +151,10 @@ def test_logprobs_come_in_the_form_of_completions(served: Served) -> None:
         assert token in top
     events = events_of(served.post(PATH, greedy(TEXT, 6, logprobs=3, stream=True)).text)
     parts = [event["choices"][0]["logprobs"] for event in events if event["choices"][0]["logprobs"]]
-    for name in ("tokens", "token_logprobs", "text_offset"):
+    for name in ("tokens", "text_offset"):
         assert [value for part in parts for value in part[name]] == told[name]
+    streamed = [value for part in parts for value in part["token_logprobs"]]
+    assert streamed == pytest.approx(told["token_logprobs"], abs=1e-3)
 
 
 def test_logprobs_without_alternatives_are_only_the_tokens(llama: Served) -> None:

@@ -1,4 +1,4 @@
-"""Clients that hang up, at every phase: their own work stops, their slot is free, and the neighbour's answer is the same."""
+"""Clients that hang up at every phase: their work stops, their slot is free, the neighbour's answer is the same."""
 
 from __future__ import annotations
 
@@ -12,9 +12,21 @@ from typing import Any
 import httpx
 import pytest
 
-from llamacancel.views import EngineSnapshot, RequestView
+from llamacancel.views import RequestView
 
-from .served import PATIENCE, Hold, Served, eventually, greedy, new_id, read_events, text_of, tokens
+from .served import (
+    PATIENCE,
+    Hold,
+    Served,
+    any_step,
+    eventually,
+    greedy,
+    in_state,
+    new_id,
+    read_events,
+    text_of,
+    tokens,
+)
 
 PATH = "/v1/completions"
 KnownText = Callable[..., tuple[dict[str, Any], str]]
@@ -78,16 +90,6 @@ def neighbour(served: Served, known_text: KnownText) -> Iterator[Hold]:
         assert asking.text() == expected
 
 
-def in_state(request_id: str, state: str, done: int = 0, written: int = 0) -> Callable[[EngineSnapshot], bool]:
-    return lambda now: any(
-        view.id == request_id
-        and view.state == state
-        and view.prompt_done >= done
-        and view.completion_tokens >= written
-        for view in now.active
-    )
-
-
 def hang_up_at(
     served: Served,
     hold: Hold,
@@ -138,9 +140,7 @@ def test_after_the_first_token(
 
 
 @every_way
-def test_in_the_middle_of_a_stream(
-    served: Served, known_text: KnownText, go: Callable[[socket.socket], None]
-) -> None:
+def test_in_the_middle_of_a_stream(served: Served, known_text: KnownText, go: Callable[[socket.socket], None]) -> None:
     body = greedy(tokens(served, 20, seed=6), 400, stream=True)
     with neighbour(served, known_text) as hold:
         view = hang_up_at(served, hold, body, go, {"state": "decode", "written": 30}, events=10)
@@ -179,10 +179,6 @@ def test_before_the_body_is_complete(served: Served, known_text: KnownText, part
     assert served.finished(quitter) is None
 
 
-def any_step(_: EngineSnapshot) -> bool:
-    return True
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_takes_all_answers_of_a_request_along(served: Served, stream: bool) -> None:
     quitter = new_id("quitter")
@@ -199,7 +195,9 @@ def test_takes_all_answers_of_a_request_along(served: Served, stream: bool) -> N
     assert views[2].started_at is None
 
 
-@pytest.mark.parametrize("stray", [b"\r\n", b"GET /health HTTP/1.1\r\nHost: test\r\n\r\n" * 3], ids=["line", "requests"])
+@pytest.mark.parametrize(
+    "stray", [b"\r\n", b"GET /health HTTP/1.1\r\nHost: test\r\n\r\n" * 3], ids=["line", "requests"]
+)
 def test_after_bytes_that_follow_the_request(served: Served, stray: bytes) -> None:
     quitter = new_id("quitter")
     with served.held(in_state(quitter, "prefill", done=32)) as hold:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..generation import Piece, TokenInfo
@@ -18,7 +18,7 @@ from .errors import ApiError
 from .logprobs import chat_logprobs
 from .prompts import check_room, in_thread_if_long, make_samplers
 from .schemas import ChatBody, JsonSchemaFormat, Message, NamedTool, TextPart
-from .service import Service
+from .service import Service, TimeoutHeader
 from .sse import event
 from .templates import TemplateFailed, chat_tokens
 from .tools import ToolCall, ToolCallReader, tool_call_schema, with_tags
@@ -40,7 +40,7 @@ router = APIRouter(tags=["generate"])
 async def create_chat_completion(
     request: Request,
     body: ChatBody,
-    x_request_timeout: Annotated[str | None, Header(description="Seconds, as `timeout` in the body.")] = None,
+    x_request_timeout: TimeoutHeader = None,
 ) -> Response:
     """Answer messages through the model's chat template. A client that hangs up cancels the answer."""
     service: Service = request.app.state.service

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..generation import Piece, TokenInfo
@@ -16,7 +16,7 @@ from .answer import Choice, GenerationResponse, Job
 from .logprobs import completion_logprobs
 from .prompts import check_room, make_samplers, prompt_tokens
 from .schemas import CompletionBody
-from .service import Service
+from .service import Service, TimeoutHeader
 from .sse import event
 
 __all__ = ["router"]
@@ -37,12 +37,12 @@ router = APIRouter(tags=["generate"])
 async def create_completion(
     request: Request,
     body: CompletionBody,
-    x_request_timeout: Annotated[str | None, Header(description="Seconds, as `timeout` in the body.")] = None,
+    x_request_timeout: TimeoutHeader = None,
 ) -> Response:
     """Continue one or several prompts. A client that hangs up cancels them."""
     service: Service = request.app.state.service
     timeout = service.timeout(body.timeout, x_request_timeout)
-    prompts = await prompt_tokens(service.model, body.prompt)
+    prompts = await prompt_tokens(service.model, body.prompt, "prompt")
     count = len(prompts) * (body.n or 1)
     check_room(service.engine, prompts, count)
     job = Job(

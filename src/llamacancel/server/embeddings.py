@@ -6,27 +6,31 @@ import asyncio
 import base64
 import contextlib
 import json
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Request
 from numpy.typing import NDArray
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from .._cancel import CancelToken
+from ..errors import QueueFullError
 from ..generation import Embedding
 from ..views import RequestView
 from . import answers
 from .answer import failure, refusals
 from .disconnect import watched
-from .errors import ApiError
-from .prompts import check_count, prompt_tokens
+from .errors import NO_RETRY, ApiError
+from .prompts import prompt_tokens
 from .schemas import EmbeddingsBody
-from .service import Group, Service
+from .service import Group, Service, TimeoutHeader
 
 __all__ = ["router"]
 
 ENDPOINT = "/v1/embeddings"
+FULL_SECONDS = 0.02
+"""How long a request whose first inputs are done waits for room in a full queue, before it looks again."""
 
 router = APIRouter(tags=["generate"])
 
@@ -40,15 +44,14 @@ router = APIRouter(tags=["generate"])
 async def create_embeddings(
     request: Request,
     body: EmbeddingsBody,
-    x_request_timeout: Annotated[str | None, Header(description="Seconds, as `timeout` in the body.")] = None,
+    x_request_timeout: TimeoutHeader = None,
 ) -> Response:
     """One vector of length 1 for each input. A client that hangs up cancels what is not done."""
     service: Service = request.app.state.service
     timeout = service.timeout(body.timeout, x_request_timeout)
     if body.dimensions is not None and body.dimensions != service.model.n_embd:
         raise ApiError(400, f"this model's vectors have {service.model.n_embd} dimensions", param="dimensions")
-    prompts = await prompt_tokens(service.model, body.input)
-    check_count(service.engine, len(prompts))
+    prompts = await prompt_tokens(service.model, body.input, "input")
     return _EmbeddingsResponse(
         service, request.state.request_id, prompts, timeout, as_base64=body.encoding_format == "base64"
     )
@@ -87,13 +90,14 @@ class _AwaitableEmbedding:
 
 
 class _EmbeddingsResponse(Response):
-    """Submits the inputs when it is sent, and answers with their vectors."""
+    """Submits the inputs when it is sent, a few at a time, and answers with their vectors."""
 
     def __init__(
         self, service: Service, request_id: str, prompts: list[list[int]], timeout: float | None, *, as_base64: bool
     ) -> None:
         super().__init__()
-        self._service, self._id, self._prompts, self._timeout = service, request_id, prompts, timeout
+        self._service, self._id, self._prompts = service, request_id, prompts
+        self._token = CancelToken(timeout=timeout)
         self._as_base64 = as_base64
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,6 +107,8 @@ class _EmbeddingsResponse(Response):
                 with refusals(self._service):
                     self._submit(group, works)
                 async with watched(receive, group.hang_up):
+                    with refusals(self._service):
+                        await self._submit_rest(group, works)
                     await group.settle()
                     await self._send_answer(group, works, send)
             except OSError:  # some servers tell a hang-up so when something is sent
@@ -113,18 +119,37 @@ class _EmbeddingsResponse(Response):
                 self._service.count(group)
 
     def _submit(self, group: Group, works: list[_AwaitableEmbedding]) -> None:
-        several = len(self._prompts) > 1
-        for index, prompt in enumerate(self._prompts):
-            embedding = self._service.engine.embed(
-                prompt, timeout=self._timeout, request_id=f"{self._id}.{index}" if several else self._id
-            )
-            works.append(_AwaitableEmbedding(embedding))
-            group.works.append(works[-1])
+        """Queue the next input."""
+        index = len(works)
+        embedding = self._service.engine.embed(
+            self._prompts[index],
+            token=self._token,
+            request_id=f"{self._id}.{index}" if len(self._prompts) > 1 else self._id,
+        )
+        works.append(_AwaitableEmbedding(embedding))
+        group.works.append(works[-1])
+
+    async def _submit_rest(self, group: Group, works: list[_AwaitableEmbedding]) -> None:
+        """Queue the other inputs, only as many at a time as there are slots, so that others come in between."""
+        at_once = self._service.engine.slots
+        while len(works) < len(self._prompts):
+            if len(works) >= at_once:
+                await works[len(works) - at_once].wait()
+            if group.disconnected or any(work.embedding.finish_reason not in (None, "stop") for work in works):
+                return
+            try:
+                self._submit(group, works)
+            except QueueFullError:
+                if self._token.cancelled:
+                    return
+                await asyncio.sleep(FULL_SECONDS)
 
     async def _send_answer(self, group: Group, works: list[_AwaitableEmbedding], send: Send) -> None:
         if group.disconnected:
             return
         error = failure([work.embedding for work in works], partial=False)
+        if error is None and len(works) < len(self._prompts):
+            error = ApiError(408, "the request's time was over before its answer", code="deadline", headers=NO_RETRY)
         if error is not None:
             raise error
         data = [self._item(index, work.embedding.result(0)) for index, work in enumerate(works)]

@@ -109,7 +109,7 @@ def _of_validation(errors: Sequence[Any]) -> ApiError:
     """Say what is wrong with a body: the first few findings, and the field of the first."""
     words, param = [], None
     for error in errors[:3]:
-        place = [part for part in error.get("loc", ()) if part not in ("body", "query", "path", "header")]
+        place = [part for part in error.get("loc", ())[1:] if not _is_type(part)]
         if error.get("type") == "json_invalid":
             words.append(f"the body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}")
             continue
@@ -124,3 +124,8 @@ def _of_validation(errors: Sequence[Any]) -> ApiError:
         words.append(f"and {len(errors) - 3} more")
     message = "; ".join(words).encode("utf-8", "replace").decode()
     return ApiError(400, message or "the request is not valid", param=param)
+
+
+def _is_type(part: object) -> bool:
+    """Whether a part of an error's place is one of several types that were tried there, and no field."""
+    return isinstance(part, str) and (part in ("str", "int", "float") or "[" in part)

@@ -14,7 +14,7 @@ from ..engine import Engine
 from .errors import ApiError
 from .schemas import GenerationBody, Prompt
 
-__all__ = ["check_count", "check_room", "in_thread_if_long", "make_samplers", "prompt_tokens"]
+__all__ = ["check_room", "in_thread_if_long", "make_samplers", "prompt_tokens"]
 
 LONG = 4096
 """Characters from which on text is worked on in a thread, so that other clients' streams do not wait for it."""
@@ -27,42 +27,40 @@ async def in_thread_if_long(size: int, work: Callable[[], _T]) -> _T:
     return work() if size < LONG else await anyio.to_thread.run_sync(work)
 
 
-async def prompt_tokens(model: Model, prompt: Prompt) -> list[list[int]]:
-    """The prompts of a body as token ids.
+async def prompt_tokens(model: Model, prompt: Prompt, param: str) -> list[list[int]]:
+    """The prompts of a body, which has them in a field `param`, as token ids.
 
     Text gets the special tokens that the model wants, a BOS only once, and its own special tokens are read as such.
 
     Raises:
         ApiError: 400, if a prompt is empty, cannot be tokenized, or has tokens that the model does not know.
     """
-    given: Sequence[str | list[int]]
-    if isinstance(prompt, str) or isinstance(prompt[0], int):
-        given = [prompt]
-    else:
-        given = prompt
+    given = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
     def tokenize() -> list[list[int]]:
-        return [_text_tokens(model, each) if isinstance(each, str) else _known(model, each) for each in given]
+        return [
+            _text_tokens(model, each, param) if isinstance(each, str) else _known(model, each, param) for each in given
+        ]
 
     return await in_thread_if_long(sum(len(each) for each in given if isinstance(each, str)), tokenize)
 
 
-def _text_tokens(model: Model, text: str) -> list[int]:
+def _text_tokens(model: Model, text: str, param: str) -> list[int]:
     try:
         tokens: list[int] = model.tokenize(text, add_special=True, parse_special=True).tolist()
     except ValueError as error:
-        raise ApiError(400, str(error), param="prompt") from error
+        raise ApiError(400, str(error), param=param) from error
     if model.bos is not None and tokens[:2] == [model.bos, model.bos]:
         del tokens[0]
     if not tokens:
-        raise ApiError(400, "the prompt is empty, and this model has no token to begin with", param="prompt")
+        raise ApiError(400, "the prompt is empty, and this model has no token to begin with", param=param)
     return tokens
 
 
-def _known(model: Model, tokens: list[int]) -> list[int]:
+def _known(model: Model, tokens: list[int], param: str) -> list[int]:
     highest = max(tokens)
     if highest >= model.n_vocab:
-        raise ApiError(400, f"token {highest} is outside of the vocabulary (0 to {model.n_vocab - 1})", param="prompt")
+        raise ApiError(400, f"token {highest} is outside of the vocabulary (0 to {model.n_vocab - 1})", param=param)
     return tokens
 
 
@@ -72,6 +70,8 @@ def check_room(engine: Engine, prompts: Sequence[Sequence[int]], count: int) -> 
     Raises:
         ApiError: 400.
     """
+    if engine.model.memory_kind == "none":
+        raise ApiError(400, "this model is an encoder: it embeds text and generates none", code="model_not_supported")
     longest = max(len(prompt) for prompt in prompts)
     if longest >= engine.n_ctx:
         raise ApiError(
@@ -80,15 +80,6 @@ def check_room(engine: Engine, prompts: Sequence[Sequence[int]], count: int) -> 
             param="prompt",
             code="context_length_exceeded",
         )
-    check_count(engine, count)
-
-
-def check_count(engine: Engine, count: int) -> None:
-    """Refuse more work at once than slots and queue ever have room for.
-
-    Raises:
-        ApiError: 400.
-    """
     if count > engine.slots + engine.queue_limit:
         raise ApiError(
             400, f"{count} at once are more than slots and queue ever have room for", param="n", code="too_many"

@@ -16,16 +16,12 @@ class ListeningProtocol(H11Protocol):
     hung up until it next writes: never, in a silent prompt. Who sends very much ahead is disconnected instead.
     """
 
-    _ahead = 0
-
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         cycle = self.cycle
-        if cycle is None or cycle.response_complete or cycle.more_body:
-            self._ahead = 0
-        elif self.flow.read_paused:
-            self._ahead += len(data)
-            if self._ahead > MOST_AHEAD:
-                self.transport.close()
-            else:
-                self.flow.resume_reading()
+        if cycle is None or cycle.response_complete or cycle.more_body or not self.flow.read_paused:
+            return
+        if len(self.conn.trailing_data[0]) > MOST_AHEAD:
+            self.transport.close()
+        else:
+            self.flow.resume_reading()

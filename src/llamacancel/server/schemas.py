@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 __all__ = [
     "ChatBody",
@@ -24,9 +35,9 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Integer = Annotated[int, BeforeValidator(_whole)]
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**31 - 1)]
-TokenId = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2**31 - 1)]
+Whole = BeforeValidator(_whole)
+Count = Annotated[int, Field(ge=1, le=2**31 - 1), Whole]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), Whole]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -48,19 +59,19 @@ class GenerationBody(Body):
     model: str | None = Field(None, description="Any name: the loaded model answers, and says its real name.")
     stream: bool | None = Field(None, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = None
-    n: Annotated[Integer, Field(ge=1, le=128)] | None = Field(None, description="How many answers to generate.")
+    n: Annotated[int, Field(ge=1, le=128), Whole] | None = Field(None, description="How many answers to generate.")
     max_tokens: Count | None = Field(None, description="Most tokens that the answer may have.")
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = Field(
         None, description="Text that ends the answer, which does not contain it."
     )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: always the likeliest token.")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[Integer, Field(ge=0, le=2**31 - 1)] | None = Field(None, description="0: no limit.")
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1), Whole] | None = Field(None, description="0: no limit.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(None, description="llama.cpp's; 1 is off.")
-    seed: Annotated[Integer, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole] | None = Field(
         None, description="The same seed gives the same choice of tokens."
     )
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
@@ -78,22 +89,33 @@ class GenerationBody(Body):
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-Prompt = (
+def _in_short(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    try:
+        return check(value)
+    except ValidationError:
+        raise PydanticCustomError(
+            "prompt",
+            "has to be a text, a list of texts, a list of token ids, or a list of such lists, none of them empty",
+        ) from None
+
+
+Prompt = Annotated[
     str
     | Annotated[list[str], Field(min_length=1, max_length=2048)]
     | Annotated[list[TokenId], Field(min_length=1)]
-    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
-)
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)],
+    WrapValidator(_in_short),
+]
 
 
 class CompletionBody(GenerationBody):
     """Body of `POST /v1/completions`."""
 
     prompt: Prompt = Field(description="Text, texts, token ids, or lists of token ids.")
-    logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = Field(
+    logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = Field(
         None, description="How many of the likeliest tokens to tell for each token of the answer."
     )
-    best_of: Integer | None = Field(None, description="Only as many as n.")
+    best_of: Annotated[int, Whole] | None = Field(None, description="Only as many as n.")
     echo: bool | None = Field(None, description="Not supported: only false.")
     suffix: str | None = Field(None, description="Not supported: only null.")
 
@@ -245,7 +267,7 @@ class ChatBody(GenerationBody):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = Field(None, description="As max_tokens, which it replaces.")
     logprobs: bool | None = Field(None, description="Tell the log probability of each token of the answer.")
-    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = Field(
+    top_logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = Field(
         None, description="How many of the likeliest tokens to tell for each; needs logprobs."
     )
     response_format: ResponseFormat | None = None

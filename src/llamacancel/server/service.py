@@ -8,7 +8,10 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Annotated, Protocol
+
+from fastapi import Header
+from pydantic import WithJsonSchema
 
 from .. import aio
 from .._model import Model
@@ -18,7 +21,16 @@ from .errors import ApiError
 from .metrics import Metrics
 from .templates import ChatTemplate, TemplateFailed
 
-__all__ = ["Group", "Service", "Work"]
+__all__ = ["Group", "Service", "TimeoutHeader", "Work"]
+
+
+TimeoutHeader = Annotated[
+    float | None,
+    Header(
+        alias="X-Request-Timeout", gt=0, le=1e6, allow_inf_nan=False, description="Seconds, as `timeout` in the body."
+    ),
+    WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1e6}),
+]
 
 
 class Work(Protocol):
@@ -111,22 +123,9 @@ class Service:
             raise ApiError(400, f"this model's chat cannot be used: {self._template_error}", code="chat_template_error")
         return self._template
 
-    def timeout(self, body: float | None, header: str | None) -> float | None:
-        """The seconds that a request has: the least of what its body, its header and the server say.
-
-        Raises:
-            ApiError: 400, if the header is no positive number.
-        """
-        given = [value for value in (body, self.request_timeout) if value is not None]
-        if header is not None:
-            try:
-                seconds = float(header)
-            except ValueError:
-                seconds = math.nan
-            if not 0 < seconds <= 1e6:
-                raise ApiError(400, "X-Request-Timeout has to be a number of seconds", param="X-Request-Timeout")
-            given.append(seconds)
-        return min(given, default=None)
+    def timeout(self, body: float | None, header: float | None) -> float | None:
+        """The seconds that a request has: the least of what its body, its header and the server say."""
+        return min((value for value in (body, header, self.request_timeout) if value is not None), default=None)
 
     @contextlib.contextmanager
     def group(self, request_id: str, endpoint: str) -> Iterator[Group]:

@@ -87,12 +87,13 @@ class ToolCallReader:
             given = json.loads(text)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(given, dict) or given.get("name") not in self._names:
+        name = given.get("name") if isinstance(given, dict) else None
+        if not isinstance(name, str) or name not in self._names:
             return None
         arguments = given.get("arguments", given.get("parameters", {}))
         if isinstance(arguments, str):
-            return ToolCall(given["name"], arguments)
-        return ToolCall(given["name"], json.dumps(arguments, ensure_ascii=False))
+            return ToolCall(name, arguments)
+        return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
 
 
 def tool_call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
