@@ -55,8 +55,9 @@ function showEmpty(rows) {
   say(at("empty-title"), never ? "No request yet" : `None in the last ${lanes.window} seconds`);
   const base = new URL(".", document.baseURI).href;
   const body = JSON.stringify({ prompt: "Once upon a time", max_tokens: 500, stream: true });
-  const auth = demandsKey ? ' -H "Authorization: Bearer $LLAMACANCEL_API_KEY"' : "";
-  say(at("curl"), `curl -N ${base}v1/completions${auth} -H "Content-Type: application/json" -d '${body}'`);
+  const parts = [`curl -N ${base}v1/completions`, '-H "Content-Type: application/json"', `-d '${body}'`];
+  if (demandsKey) parts.splice(1, 0, '-H "Authorization: Bearer $LLAMACANCEL_API_KEY"');
+  say(at("curl"), parts.join(" \\\n  "));
 }
 
 // -- the connection

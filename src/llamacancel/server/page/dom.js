@@ -27,8 +27,9 @@ export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** Seconds in words that keep their width: "3.2 ms", "48 ms", "1.25 s", "12.5 s", "3 min 05 s". */
+/** Seconds in words that keep their width: "40 µs", "3.2 ms", "48 ms", "1.25 s", "12.5 s", "3 min 05 s". */
 export function seconds(value) {
+  if (value < 0.00095) return `${Math.round(value * 1e6)} µs`;
   if (value < 0.00995) return `${(value * 1e3).toFixed(1)} ms`;
   if (value < 0.9995) return `${Math.round(value * 1e3)} ms`;
   if (value < 9.995) return `${value.toFixed(2)} s`;

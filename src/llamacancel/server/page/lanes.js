@@ -30,7 +30,7 @@ const SHAPES = {
 /** A mark for an end, 16 pixels square. */
 export function mark(end) {
   const { mark: shape } = ENDS[end] ?? ENDS.error;
-  const svg = draw("svg", { class: `mark ${shape}`, viewBox: "-8 -8 16 16", width: 16, height: 16, "aria-hidden": "true" });
+  const svg = draw("svg", { class: `mark is-${shape}`, viewBox: "-8 -8 16 16", width: 16, height: 16, "aria-hidden": "true" });
   if (shape === "dot" || shape === "ring") svg.append(draw("circle", { r: 5 }));
   else svg.append(draw("path", { d: SHAPES[shape], class: "halo" }), draw("path", { d: SHAPES[shape] }));
   return svg;
@@ -70,7 +70,7 @@ export class Lanes {
     this.calm = matchMedia("(prefers-reduced-motion: reduce)");
     this.drawn = 0;
     this.visible = true;
-    new ResizeObserver(() => this.measure()).observe(at("chart"));
+    new ResizeObserver(() => requestAnimationFrame(() => this.measure())).observe(at("chart"));
     new IntersectionObserver(([entry]) => { this.visible = entry.isIntersecting; }).observe(at("chart"));
     const frame = (time) => {
       const rest = this.calm.matches || !this.rows.size ? CALM_FRAME : FRAME;
@@ -101,7 +101,9 @@ export class Lanes {
 
   measure() {
     const scale = at("scale");
-    this.width = Math.max(scale.clientWidth, 1);
+    const width = Math.max(scale.clientWidth, 1);
+    if (width === this.width) return;
+    this.width = width;
     at("ticks").style.left = `${scale.offsetLeft}px`;
     at("ticks").style.width = `${this.width}px`;
     this.render();
@@ -288,7 +290,7 @@ function doing(view) {
 }
 
 function because(view, end) {
-  if (end === "error" || end === "cancelled") return view.reason;
+  if (end === "error" || end === "cancelled") return view.reason.replace(/^cancelled /, "");
   if (view.kind === "generation" && view.completion_tokens) return some(view.completion_tokens, "token");
   return "";
 }

@@ -47,7 +47,7 @@ export function showTiles(state) {
   say(at("seen"), state.finished ? `${some(state.finished, "request")} seen to end` : "");
 }
 
-const wait = (value) => seconds(Math.max(value < 1 ? Math.round(value * 10) / 10 : value, 0));
+const wait = (value) => (value < 9.95 ? `${Math.max(value, 0).toFixed(1)} s` : seconds(value));
 
 function spark(rates) {
   const svg = at("spark");
