@@ -25,6 +25,7 @@ const feed = new Feed({
     at("content").hidden = name === "key";
     at("retry").hidden = name !== "lost";
     if (name === "key") askForKey();
+    at("links").hidden = demandsKey; // a link sends none
     showConnection(name);
   },
 });
@@ -49,7 +50,6 @@ function show() {
 function showEmpty(rows) {
   at("empty").hidden = rows > 0;
   at("legend").hidden = state.views.size === 0;
-  at("links").hidden = demandsKey; // a link sends none
   if (rows) return;
   const never = state.views.size === 0;
   say(at("empty-title"), never ? "No request yet" : `None in the last ${lanes.window} seconds`);
