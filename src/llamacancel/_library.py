@@ -1,7 +1,7 @@
 """Imports the modules that are compiled into one shared library, `_llama`.
 
-llama.cpp is linked statically and must exist once in a process. So `_model`, `_context`, `_memory` and `_sampler` have no
-file of their own: CPython is told to look for their init functions in `_llama`'s.
+llama.cpp is linked statically and must exist once in a process. So `_model`, `_context`, `_memory` and `_sampler` have
+no file of their own: CPython is told to look for their init functions in `_llama`'s.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def _float_rows(rows: Any, shape: tuple[int | None, ...]) -> NDArray[np.float32]
             values = np.asarray(rows, np.float32)
     except (TypeError, ValueError) as error:
         raise InvalidBatchError(f"embeddings are floats: {error}") from error
-    if len(values.shape) != len(shape) or any(want not in (None, got) for want, got in zip(shape, values.shape)):
+    if len(values.shape) != len(shape) or any(want not in (None, got) for want, got in zip(shape, values.shape, strict=True)):
         wanted = ", ".join("n" if size is None else str(size) for size in shape)
         raise InvalidBatchError(f"embeddings have shape ({wanted}), not {values.shape}")
     if not np.isfinite(values).all():

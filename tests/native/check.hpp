@@ -52,8 +52,8 @@ inline int run(int argc, char ** argv) {
 
 #define CHECK_JOIN2(a, b) a##b
 #define CHECK_JOIN(a, b) CHECK_JOIN2(a, b)
-#define TEST(name)                                                                                           \
-    static void CHECK_JOIN(test_, __LINE__)();                                                               \
-    static const bool CHECK_JOIN(added_, __LINE__) = check::add(name, CHECK_JOIN(test_, __LINE__));          \
+#define TEST(name)                                                                                  \
+    static void CHECK_JOIN(test_, __LINE__)();                                                      \
+    static const bool CHECK_JOIN(added_, __LINE__) = check::add(name, CHECK_JOIN(test_, __LINE__)); \
     static void CHECK_JOIN(test_, __LINE__)()
 #define CHECK(...) check::expect(static_cast<bool>(__VA_ARGS__), #__VA_ARGS__, __FILE__, __LINE__)

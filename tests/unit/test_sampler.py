@@ -262,7 +262,11 @@ def json_of(ctx: lc.Context, schema: object, seed: int) -> object:
 def test_a_json_schema_becomes_a_grammar_that_its_values_follow(ctx: lc.Context) -> None:
     schema = {
         "type": "object",
-        "properties": {"name": {"enum": ["Ada", "Grace"]}, "ok": {"type": "boolean"}, "n": {"type": "integer", "minimum": 3, "maximum": 42}},
+        "properties": {
+            "name": {"enum": ["Ada", "Grace"]},
+            "ok": {"type": "boolean"},
+            "n": {"type": "integer", "minimum": 3, "maximum": 42},
+        },
         "required": ["name", "ok", "n"],
         "additionalProperties": False,
     }

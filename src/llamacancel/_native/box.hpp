@@ -32,8 +32,9 @@ enum class Status : uint8_t { Done, Cancelled, Invalid, Full, Failed, Busy };
 class ModelBox {
 public:
     // Loads under `call`; `progress`, if any, is called with a share of 0 to 1 and stops the load by returning false.
-    static Status load(const std::string & path, llama_model_params params, Call & call, llama_progress_callback progress,
-                       void * progress_arg, std::shared_ptr<ModelBox> & box, std::string & message);
+    static Status load(const std::string & path, llama_model_params params, Call & call,
+                       llama_progress_callback progress, void * progress_arg, std::shared_ptr<ModelBox> & box,
+                       std::string & message);
     ~ModelBox();
     ModelBox(const ModelBox &) = delete;
     ModelBox & operator=(const ModelBox &) = delete;
@@ -42,15 +43,15 @@ public:
     const llama_vocab * vocab() const noexcept { return llama_model_get_vocab(model_); }
     bool on_cpu() const noexcept { return on_cpu_; }
     MemoryKind memory_kind() const noexcept { return memory_kind_; }  // of its contexts
-    uint32_t positions_per_embd() const noexcept;  // more than one for M-RoPE
-    bool has_weights() const noexcept;             // false if loaded with vocab_only
-    bool causal() const noexcept;                  // false for encoders, whose batches are computed in one piece
+    uint32_t positions_per_embd() const noexcept;                     // more than one for M-RoPE
+    bool has_weights() const noexcept;                                // false if loaded with vocab_only
+    bool causal() const noexcept;  // false for encoders, whose batches are computed in one piece
 
     // Tokens of `text`, or the text of tokens; Status::Failed with a message where the vocabulary cannot.
     Status tokenize(const std::string & text, bool add_special, bool parse_special, std::vector<llama_token> & tokens,
                     std::string & message) const;
-    Status detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special, std::string & text,
-                      std::string & message) const;
+    Status detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special,
+                      std::string & text, std::string & message) const;
     std::string piece(llama_token token, bool special) const;
 
     // A LoRA adapter, which lives as long as the model; null with a message if the file is none for it.
@@ -102,9 +103,9 @@ struct DecodeReport {
     Status status = Status::Done;
     std::string message;
     std::vector<SequenceResult> sequences;
-    int32_t rows_done = 0;              // rows that the context holds now
-    int32_t n_ubatches = 0;             // computed, the one that was stopped included
-    size_t snapshot_bytes = 0;          // saved for the rollback
+    int32_t rows_done = 0;      // rows that the context holds now
+    int32_t n_ubatches = 0;     // computed, the one that was stopped included
+    size_t snapshot_bytes = 0;  // saved for the rollback
     double repair_seconds = 0;
     double seconds = 0;
     Verdict verdict;           // of a cancelled call
@@ -114,8 +115,8 @@ struct DecodeReport {
 
 class ContextBox {
 public:
-    static std::shared_ptr<ContextBox> make(std::shared_ptr<ModelBox> model, llama_context_params params, const Cut & cut,
-                                            std::string & message);
+    static std::shared_ptr<ContextBox> make(std::shared_ptr<ModelBox> model, llama_context_params params,
+                                            const Cut & cut, std::string & message);
     ~ContextBox();
     ContextBox(const ContextBox &) = delete;
     ContextBox & operator=(const ContextBox &) = delete;

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <utility>
@@ -54,7 +53,9 @@ public:
     // A token for each group of rows; rows in no group are never cancelled.
     Call(std::vector<Watch> watches, uint32_t rows, AbortWhen when)
         : watches_(std::move(watches)),
-          rows_needed_(when == AbortWhen::Any ? 1 : when == AbortWhen::Majority ? rows / 2 + 1 : std::max(rows, 1u)) {}
+          rows_needed_(when == AbortWhen::Any        ? 1
+                       : when == AbortWhen::Majority ? rows / 2 + 1
+                                                     : std::max(rows, 1u)) {}
 
     Call(Call &&) = default;
     Call & operator=(Call &&) = default;
@@ -130,7 +131,9 @@ public:
     // Arms the slot for the life of this object. Calls of one context do not overlap.
     class Armed {
     public:
-        Armed(CallSlot & slot, Call & call) noexcept : slot_(slot) { slot_.call_.store(&call, std::memory_order_release); }
+        Armed(CallSlot & slot, Call & call) noexcept : slot_(slot) {
+            slot_.call_.store(&call, std::memory_order_release);
+        }
         ~Armed() { slot_.call_.store(nullptr, std::memory_order_release); }
         Armed(const Armed &) = delete;
         Armed & operator=(const Armed &) = delete;

@@ -9,8 +9,8 @@
 
 namespace llamacancel {
 
-std::shared_ptr<ContextBox> ContextBox::make(std::shared_ptr<ModelBox> model, llama_context_params params, const Cut & cut,
-                                             std::string & message) {
+std::shared_ptr<ContextBox> ContextBox::make(std::shared_ptr<ModelBox> model, llama_context_params params,
+                                             const Cut & cut, std::string & message) {
     clear_errors();
     try {
         AssertionGuard guard;
@@ -32,8 +32,7 @@ ContextBox::ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, con
       output_all_(output_all),
       memory_(llama_get_memory(ctx), output_all),
       journal_(memory_) {
-    llama_set_abort_callback(
-        ctx_, [](void * slot) { return CallSlot::trampoline(slot) || exiting(); }, &slot_);
+    llama_set_abort_callback(ctx_, [](void * slot) { return CallSlot::trampoline(slot) || exiting(); }, &slot_);
 }
 
 ContextBox::~ContextBox() { llama_free(ctx_); }
@@ -52,9 +51,7 @@ void ContextBox::stop_between([[maybe_unused]] uint32_t n_pieces) {
 #endif
 }
 
-bool ContextBox::pooled() const noexcept {
-    return output_all_ && llama_pooling_type(ctx_) != LLAMA_POOLING_TYPE_NONE;
-}
+bool ContextBox::pooled() const noexcept { return output_all_ && llama_pooling_type(ctx_) != LLAMA_POOLING_TYPE_NONE; }
 
 // ---- one call at a time ----------------------------------------------------------------------------------
 
@@ -112,7 +109,8 @@ std::string ContextBox::check(const BatchView & batch, bool encoding) const {
     if (batch.embd) {
         const int32_t n_embd = llama_model_n_embd_inp(model_->get());
         if (batch.n_embd != n_embd) {
-            return "the batch's embeddings have " + text(batch.n_embd) + " elements a row; the model takes " + text(n_embd);
+            return "the batch's embeddings have " + text(batch.n_embd) + " elements a row; the model takes " +
+                   text(n_embd);
         }
         if (model_->positions_per_embd() > 1) {
             return "the model wants " + text(model_->positions_per_embd()) +
@@ -141,7 +139,8 @@ std::string ContextBox::check(const BatchView & batch, bool encoding) const {
     for (int32_t row = 0; row < batch.n_rows; ++row) {
         const std::string where = "row " + text(row) + ": ";
         if (batch.token && (batch.token[row] < 0 || batch.token[row] >= n_vocab)) {
-            return where + "token " + text(batch.token[row]) + " is outside of the vocabulary (0 to " + text(n_vocab - 1) + ")";
+            return where + "token " + text(batch.token[row]) + " is outside of the vocabulary (0 to " +
+                   text(n_vocab - 1) + ")";
         }
         if (batch.pos[row] < 0) {
             return where + "position " + text(batch.pos[row]) + " is negative";
@@ -153,12 +152,13 @@ std::string ContextBox::check(const BatchView & batch, bool encoding) const {
         }
         if (end - begin > 1 && !may_share) {
             return where + "a row of several sequences needs a cache that they share (" +
-                   (memory_.recurrent ? "this model's state is recurrent" : "make the context with kv_unified=True") + ")";
+                   (memory_.recurrent ? "this model's state is recurrent" : "make the context with kv_unified=True") +
+                   ")";
         }
         for (const int32_t * seq = begin; seq != end; ++seq) {
             if (*seq < 0 || *seq >= n_seq_max) {
-                return where + "sequence id " + text(*seq) + " is outside of 0 to " + text(n_seq_max - 1) + " (n_seq_max is " +
-                       text(n_seq_max) + ")";
+                return where + "sequence id " + text(*seq) + " is outside of 0 to " + text(n_seq_max - 1) +
+                       " (n_seq_max is " + text(n_seq_max) + ")";
             }
             if (std::find(begin, seq, *seq) != seq) {
                 return where + "sequence id " + text(*seq) + " is named twice";
@@ -186,7 +186,8 @@ std::string ContextBox::check(const BatchView & batch, bool encoding) const {
                     return where + "position " + text(batch.pos[row]) + " of sequence " + text(*seq) +
                            " does not follow on what the context holds (up to position " + text(held) + ")";
                 }
-                if (memory_.pos_min(*begin) != memory_.pos_min(*seq) || memory_.pos_max(*begin) != memory_.pos_max(*seq)) {
+                if (memory_.pos_min(*begin) != memory_.pos_min(*seq) ||
+                    memory_.pos_max(*begin) != memory_.pos_max(*seq)) {
                     return where + "sequences " + text(*begin) + " and " + text(*seq) +
                            " share the row, but the context holds different positions of them";
                 }
@@ -251,11 +252,13 @@ std::string ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, l
     }
     const bool streams = !memory_.caches.empty() && memory_.caches[0]->get_n_stream() > 1;
     if (!whole && streams) {
-        return "sequences with a cache of their own can be copied as a whole only (make the context with kv_unified=True)";
+        return "sequences with a cache of their own can be copied as a whole only (make the context with "
+               "kv_unified=True)";
     }
     const llama_pos held = memory_.pos_max(to);
     if (held >= 0 && (whole || held + 1 != std::max(p0, first))) {
-        return "sequence " + std::to_string(to) + " holds positions up to " + std::to_string(held) + "; remove it first";
+        return "sequence " + std::to_string(to) + " holds positions up to " + std::to_string(held) +
+               "; remove it first";
     }
     memory_.memory->seq_cp(from, to, whole ? -1 : p0, whole ? -1 : p1);
     if (streams) {

@@ -191,7 +191,12 @@ uint32_t Cut::rows_at(uint32_t n_kv) const {
 }
 
 Cutter::Cutter(const BatchView & batch, const Cut & cut, Split split, bool output_all, bool whole_sequences)
-    : batch_(batch), cut_(cut), split_(split), output_all_(output_all), whole_sequences_(whole_sequences), left_(batch.n_rows) {
+    : batch_(batch),
+      cut_(cut),
+      split_(split),
+      output_all_(output_all),
+      whole_sequences_(whole_sequences),
+      left_(batch.n_rows) {
     std::iota(left_.begin(), left_.end(), 0);
 }
 
@@ -208,10 +213,18 @@ bool Cutter::next(Chunk & chunk) {
         take_whole_sequences(chunk);
     } else {
         switch (split_) {
-            case Split::Simple: take_in_order(chunk); break;
-            case Split::BySequence: take_one_sequence(chunk); break;
-            case Split::Equal: take_equal(chunk, false); break;
-            case Split::EqualSequential: take_equal(chunk, true); break;
+            case Split::Simple:
+                take_in_order(chunk);
+                break;
+            case Split::BySequence:
+                take_one_sequence(chunk);
+                break;
+            case Split::Equal:
+                take_equal(chunk, false);
+                break;
+            case Split::EqualSequential:
+                take_equal(chunk, true);
+                break;
         }
     }
     std::vector<int32_t> sorted = chunk.rows;

@@ -15,20 +15,21 @@ namespace llamacancel {
 // The rows that decode() was given, as arrays that belong to the caller.
 struct BatchView {
     int32_t n_rows = 0;
-    const int32_t * token = nullptr;       // [n_rows], or null where embd is given
-    const float * embd = nullptr;          // [n_rows, n_embd]
+    const int32_t * token = nullptr;  // [n_rows], or null where embd is given
+    const float * embd = nullptr;     // [n_rows, n_embd]
     int32_t n_embd = 0;
     const int32_t * pos = nullptr;         // [n_rows]
     const int32_t * seq_offset = nullptr;  // [n_rows + 1]: row i belongs to seq_id[seq_offset[i] .. seq_offset[i + 1])
     const int32_t * seq_id = nullptr;
-    const int8_t * output = nullptr;       // [n_rows]
+    const int8_t * output = nullptr;  // [n_rows]
 
     const int32_t * seqs_begin(int32_t row) const { return seq_id + seq_offset[row]; }
     const int32_t * seqs_end(int32_t row) const { return seq_id + seq_offset[row + 1]; }
 };
 
 // How long a decode computes at most between two looks at its token, as a function of what it computes. Measured once
-// for a model and thread count: llama.cpp as we patch it looks between blocks of a kernel, an unpatched one between nodes.
+// for a model and thread count: llama.cpp as we patch it looks between blocks of a kernel, an unpatched one between
+// nodes.
 struct GapCost {
     double seconds = 0;             // however small the ubatch
     double seconds_per_row = 0;     // and more for each row
@@ -36,8 +37,8 @@ struct GapCost {
     double seconds_per_output = 0;  // for each row with logits, where a node is the least that can be stopped
 };
 
-// Runs some tokens through the first layers, a few times for at most 0.1 s each; through all of them on other devices than
-// the CPU, which do not look inside a graph.
+// Runs some tokens through the first layers, a few times for at most 0.1 s each; through all of them on other devices
+// than the CPU, which do not look inside a graph.
 GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu);
 
 // The cut of one context, fixed when it is made.

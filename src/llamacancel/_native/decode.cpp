@@ -20,7 +20,8 @@ public:
             if (batch.token) {
                 token_.push_back(batch.token[row]);
             } else {
-                embd_.insert(embd_.end(), batch.embd + size_t(row) * batch.n_embd, batch.embd + size_t(row + 1) * batch.n_embd);
+                embd_.insert(embd_.end(), batch.embd + size_t(row) * batch.n_embd,
+                             batch.embd + size_t(row + 1) * batch.n_embd);
             }
             pos_.push_back(batch.pos[row]);
             n_seq_id_.push_back(batch.seqs_end(row) - batch.seqs_begin(row));
@@ -34,9 +35,13 @@ public:
     }
 
     llama_batch batch() {
-        return {
-            static_cast<int32_t>(pos_.size()), token_.empty() ? nullptr : token_.data(), embd_.empty() ? nullptr : embd_.data(),
-            pos_.data(), n_seq_id_.data(), seq_id_.data(), output_.data()};
+        return {static_cast<int32_t>(pos_.size()),
+                token_.empty() ? nullptr : token_.data(),
+                embd_.empty() ? nullptr : embd_.data(),
+                pos_.data(),
+                n_seq_id_.data(),
+                seq_id_.data(),
+                output_.data()};
     }
 
     // What find_slot() reads of a ubatch.
@@ -106,8 +111,14 @@ Call shared_call(const BatchView & batch, const SequenceTokens & tokens, AbortWh
 // One call from its first ubatch to its report.
 class ContextBox::Run {
 public:
-    Run(ContextBox & box, const BatchView & batch, Call & call, const SequenceTokens & tokens, OnCancel on_cancel, bool encoding)
-        : box_(box), batch_(batch), call_(call), tokens_(tokens), keep_(on_cancel == OnCancel::Keep), encoding_(encoding) {
+    Run(ContextBox & box, const BatchView & batch, Call & call, const SequenceTokens & tokens, OnCancel on_cancel,
+        bool encoding)
+        : box_(box),
+          batch_(batch),
+          call_(call),
+          tokens_(tokens),
+          keep_(on_cancel == OnCancel::Keep),
+          encoding_(encoding) {
         for (int32_t row = 0; row < batch.n_rows; ++row) {
             for (const int32_t * seq = batch.seqs_begin(row); seq != batch.seqs_end(row); ++seq) {
                 sequences_.try_emplace(*seq, Sequence{batch.pos[row], batch.pos[row], false});
@@ -356,11 +367,13 @@ private:
             if (sequence.dirty) {
                 box_.dirty_.insert(seq);
             }
-            const SequenceState state = sequence.dirty ? SequenceState::Dirty
+            const SequenceState state = sequence.dirty         ? SequenceState::Dirty
                                         : sequence.rolled_back ? SequenceState::RolledBack
-                                        : report_.status == Status::Cancelled || sequence.cancelled ? SequenceState::Kept
-                                                                                                   : SequenceState::Completed;
-            const llama_pos end = sequence.rolled_back ? std::min(sequence.start, box_.memory_.pos_max(seq) + 1) : sequence.end;
+                                        : report_.status == Status::Cancelled || sequence.cancelled
+                                            ? SequenceState::Kept
+                                            : SequenceState::Completed;
+            const llama_pos end =
+                sequence.rolled_back ? std::min(sequence.start, box_.memory_.pos_max(seq) + 1) : sequence.end;
             report_.sequences.push_back({seq, state, sequence.start, end, sequence.cancelled});
         }
         for (int32_t row = 0; row < batch_.n_rows; ++row) {
@@ -384,7 +397,8 @@ private:
     DecodeReport report_;
 };
 
-DecodeReport ContextBox::decode(const BatchView & batch, Call & call, const SequenceTokens & tokens, OnCancel on_cancel) {
+DecodeReport ContextBox::decode(const BatchView & batch, Call & call, const SequenceTokens & tokens,
+                                OnCancel on_cancel) {
     const InFlight in_flight;
     return Run(*this, batch, call, tokens, on_cancel, !memory_.memory).run();
 }

@@ -16,7 +16,7 @@ thread_local int guard_depth = 0;
 thread_local std::string thread_errors;
 thread_local const bool * quiet_flag = nullptr;
 
-constexpr size_t kMaxLines = 10'000;     // a log that nobody takes does not grow without bound
+constexpr size_t kMaxLines = 10'000;  // a log that nobody takes does not grow without bound
 constexpr size_t kMaxErrorBytes = 2'000;
 
 struct Log {

@@ -7,8 +7,8 @@
 #include <optional>
 
 #include "ggml-backend.h"
-#include "llama-kv-cache-iswa.h"
 #include "llama-hparams.h"
+#include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
 #include "llama-memory-hybrid-idx.h"
 #include "llama-memory-hybrid-iswa.h"
@@ -25,13 +25,27 @@ template <typename Tag, auto Member>
 struct Expose {
     friend constexpr auto expose(Tag) { return Member; }
 };
-struct Heads { friend constexpr auto expose(Heads); };
-struct Layers { friend constexpr auto expose(Layers); };
-struct VTrans { friend constexpr auto expose(VTrans); };
-struct Cells { friend constexpr auto expose(Cells); };
-struct Other { friend constexpr auto expose(Other); };
-struct Window { friend constexpr auto expose(Window); };
-struct WindowType { friend constexpr auto expose(WindowType); };
+struct Heads {
+    friend constexpr auto expose(Heads);
+};
+struct Layers {
+    friend constexpr auto expose(Layers);
+};
+struct VTrans {
+    friend constexpr auto expose(VTrans);
+};
+struct Cells {
+    friend constexpr auto expose(Cells);
+};
+struct Other {
+    friend constexpr auto expose(Other);
+};
+struct Window {
+    friend constexpr auto expose(Window);
+};
+struct WindowType {
+    friend constexpr auto expose(WindowType);
+};
 template struct Expose<Heads, &llama_kv_cache::v_heads>;
 template struct Expose<Layers, &llama_kv_cache::layers>;
 template struct Expose<VTrans, &llama_kv_cache::v_trans>;
@@ -122,13 +136,20 @@ void for_each_row(const Tensors & tensors, uint32_t n_rows, uint32_t row, Visit 
 
 const char * name_of(MemoryKind kind) noexcept {
     switch (kind) {
-        case MemoryKind::None: return "none";
-        case MemoryKind::Attention: return "attention";
-        case MemoryKind::SlidingWindow: return "sliding_window";
-        case MemoryKind::Recurrent: return "recurrent";
-        case MemoryKind::Hybrid: return "hybrid";
-        case MemoryKind::HybridSlidingWindow: return "hybrid_sliding_window";
-        case MemoryKind::Other: return "other";
+        case MemoryKind::None:
+            return "none";
+        case MemoryKind::Attention:
+            return "attention";
+        case MemoryKind::SlidingWindow:
+            return "sliding_window";
+        case MemoryKind::Recurrent:
+            return "recurrent";
+        case MemoryKind::Hybrid:
+            return "hybrid";
+        case MemoryKind::HybridSlidingWindow:
+            return "hybrid_sliding_window";
+        case MemoryKind::Other:
+            return "other";
     }
     return "other";
 }
@@ -176,8 +197,9 @@ Memory::Memory(llama_memory_i * memory, bool output_all) : memory(memory) {
     }
     const bool unified = caches.empty() || caches[0]->get_n_stream() == 1;
     if (recurrent) {
-        split = output_all ? Split::BySequence
-                           : kind == MemoryKind::Recurrent || !unified ? Split::EqualSequential : Split::Equal;
+        split = output_all                                  ? Split::BySequence
+                : kind == MemoryKind::Recurrent || !unified ? Split::EqualSequential
+                                                            : Split::Equal;
     } else if (!unified) {
         split = Split::EqualSequential;
     }
@@ -616,7 +638,8 @@ bool Journal::rollback_sequence(llama_seq_id seq, llama_pos p0) {
     if (!memory_.memory) {
         return true;
     }
-    const auto held = std::find_if(held_at_start_.begin(), held_at_start_.end(), [&](const Held & h) { return h.seq == seq; });
+    const auto held =
+        std::find_if(held_at_start_.begin(), held_at_start_.end(), [&](const Held & h) { return h.seq == seq; });
     if (!memory_.restorable()) {
         memory_.memory->seq_rm(seq, held->pos_max < 0 ? -1 : p0, -1);
         return held->pos_max < 0;
@@ -637,7 +660,8 @@ void Journal::look(std::vector<Held> & held, std::vector<uint32_t> & used) const
     }
 }
 
-std::vector<llama_seq_id> Journal::repair(Undo & undo, const std::vector<Held> & held, const std::vector<uint32_t> & used) {
+std::vector<llama_seq_id> Journal::repair(Undo & undo, const std::vector<Held> & held,
+                                          const std::vector<uint32_t> & used) {
     std::vector<llama_seq_id> dirty;
     if (!memory_.memory) {
         return dirty;

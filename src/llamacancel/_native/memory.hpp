@@ -42,7 +42,9 @@ struct Memory {
     bool restorable() const noexcept { return kind != MemoryKind::Other; }
 
     // True if a window slides over the sequences and drops what has left it.
-    bool forgets() const noexcept { return kind == MemoryKind::SlidingWindow || kind == MemoryKind::HybridSlidingWindow; }
+    bool forgets() const noexcept {
+        return kind == MemoryKind::SlidingWindow || kind == MemoryKind::HybridSlidingWindow;
+    }
 
     llama_pos pos_min(llama_seq_id seq) const { return memory ? memory->seq_pos_min(seq) : -1; }
     llama_pos pos_max(llama_seq_id seq) const { return memory ? memory->seq_pos_max(seq) : -1; }

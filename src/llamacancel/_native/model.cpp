@@ -27,38 +27,48 @@ int64_t int_value(const gguf_context * gguf, const std::string & key) {
         return -1;
     }
     switch (gguf_get_kv_type(gguf, id)) {
-        case GGUF_TYPE_UINT8: return gguf_get_val_u8(gguf, id);
-        case GGUF_TYPE_INT8: return gguf_get_val_i8(gguf, id);
-        case GGUF_TYPE_UINT16: return gguf_get_val_u16(gguf, id);
-        case GGUF_TYPE_INT16: return gguf_get_val_i16(gguf, id);
-        case GGUF_TYPE_UINT32: return gguf_get_val_u32(gguf, id);
-        case GGUF_TYPE_INT32: return gguf_get_val_i32(gguf, id);
-        case GGUF_TYPE_UINT64: return static_cast<int64_t>(gguf_get_val_u64(gguf, id));
-        case GGUF_TYPE_INT64: return gguf_get_val_i64(gguf, id);
-        default: return -1;
+        case GGUF_TYPE_UINT8:
+            return gguf_get_val_u8(gguf, id);
+        case GGUF_TYPE_INT8:
+            return gguf_get_val_i8(gguf, id);
+        case GGUF_TYPE_UINT16:
+            return gguf_get_val_u16(gguf, id);
+        case GGUF_TYPE_INT16:
+            return gguf_get_val_i16(gguf, id);
+        case GGUF_TYPE_UINT32:
+            return gguf_get_val_u32(gguf, id);
+        case GGUF_TYPE_INT32:
+            return gguf_get_val_i32(gguf, id);
+        case GGUF_TYPE_UINT64:
+            return static_cast<int64_t>(gguf_get_val_u64(gguf, id));
+        case GGUF_TYPE_INT64:
+            return gguf_get_val_i64(gguf, id);
+        default:
+            return -1;
     }
 }
 
-bool has_kernel(ggml_type type) {
-    return type == GGML_TYPE_F32 || ggml_get_type_traits_cpu(type)->vec_dot != nullptr;
-}
+bool has_kernel(ggml_type type) { return type == GGML_TYPE_F32 || ggml_get_type_traits_cpu(type)->vec_dot != nullptr; }
 
 std::string check_tensors(const gguf_context * gguf, ggml_context * tensors, int64_t file_size) {
     const int64_t n = gguf_get_n_tensors(gguf);
     for (int64_t i = 0; i < n; ++i) {
         const std::string name = gguf_get_tensor_name(gguf, i);
         const ggml_type type = gguf_get_tensor_type(gguf, i);
-        const int64_t end = gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, i) + gguf_get_tensor_size(gguf, i);
+        const int64_t end =
+            gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, i) + gguf_get_tensor_size(gguf, i);
         if (end > file_size) {
             return "the file is truncated: tensor '" + name + "' ends at byte " + std::to_string(end) + " of " +
                    std::to_string(file_size);
         }
         if (!has_kernel(type)) {
-            return "tensor '" + name + "' has type " + ggml_type_name(type) + ", which the CPU backend cannot compute with";
+            return "tensor '" + name + "' has type " + ggml_type_name(type) +
+                   ", which the CPU backend cannot compute with";
         }
         // Norms, biases and the like are operands of elementwise operations, whose kernels want F32.
         if (ggml_n_dims(ggml_get_tensor(tensors, name.c_str())) == 1 && type != GGML_TYPE_F32) {
-            return "tensor '" + name + "' has one dimension and type " + ggml_type_name(type) + "; such tensors are f32";
+            return "tensor '" + name + "' has one dimension and type " + ggml_type_name(type) +
+                   "; such tensors are f32";
         }
     }
     return "";
@@ -72,8 +82,8 @@ std::string check_divisors(const gguf_context * gguf, const std::string & arch) 
     const auto contains = [&](const char * part) { return arch.find(part) != std::string::npos; };
     const bool rwkv = contains("rwkv");
     const bool attends = !rwkv && !is_one_of({"mamba", "mamba2", "wavtokenizer-dec"});
-    const bool grouped = is_one_of({"mamba2", "falcon-h1", "granitehybrid", "nemotron_h", "nemotron_h_moe", "qwen3next",
-                                    "qwen35", "qwen35moe"});
+    const bool grouped = is_one_of(
+        {"mamba2", "falcon-h1", "granitehybrid", "nemotron_h", "nemotron_h_moe", "qwen3next", "qwen35", "qwen35moe"});
     const bool experts = contains("moe") || is_one_of({"qwen3next", "qwen4exp", "mellum", "rnd1"});
     const std::pair<const char *, bool> divisors[] = {
         {"attention.head_count", attends},
@@ -192,7 +202,8 @@ std::string check_node(const ggml_tensor * node) {
             const bool mixed = is_f32(b) && is_half(a) && (node->type == a->type || is_f32(node));
             const bool quantized = node->op == GGML_OP_ADD && ggml_is_quantized(a->type) && is_f32(b);
             if (!alike && !mixed && !quantized) {
-                return said(std::string("no kernel for ") + ggml_type_name(a->type) + " with " + ggml_type_name(b->type));
+                return said(std::string("no kernel for ") + ggml_type_name(a->type) + " with " +
+                            ggml_type_name(b->type));
             }
             break;
         }
@@ -267,7 +278,8 @@ struct LoadProgress {
 
     static bool callback(float share, void * data) {
         LoadProgress & self = *static_cast<LoadProgress *>(data);
-        self.stopped = self.stopped || exiting() || self.call.should_stop() || (self.report && !self.report(share, self.report_arg));
+        self.stopped = self.stopped || exiting() || self.call.should_stop() ||
+                       (self.report && !self.report(share, self.report_arg));
         return !self.stopped;
     }
 };
@@ -315,8 +327,9 @@ std::string check_gguf(const std::string & path, bool adapter) {
     }
 }
 
-Status ModelBox::load(const std::string & path, llama_model_params params, Call & call, llama_progress_callback progress,
-                      void * progress_arg, std::shared_ptr<ModelBox> & box, std::string & message) {
+Status ModelBox::load(const std::string & path, llama_model_params params, Call & call,
+                      llama_progress_callback progress, void * progress_arg, std::shared_ptr<ModelBox> & box,
+                      std::string & message) {
     const InFlight in_flight;
     LoadProgress state{call, progress, progress_arg};
     if (!LoadProgress::callback(0.0f, &state)) {
@@ -392,16 +405,18 @@ bool ModelBox::has_weights() const noexcept { return !model_->hparams.vocab_only
 
 bool ModelBox::causal() const noexcept { return model_->hparams.causal_attn; }
 
-Status ModelBox::tokenize(const std::string & text, bool add_special, bool parse_special, std::vector<llama_token> & tokens,
-                          std::string & message) const {
+Status ModelBox::tokenize(const std::string & text, bool add_special, bool parse_special,
+                          std::vector<llama_token> & tokens, std::string & message) const {
     const InFlight in_flight;
     try {
         AssertionGuard guard;
         tokens.resize(text.size() + 2);
-        int32_t n = llama_tokenize(vocab(), text.data(), text.size(), tokens.data(), tokens.size(), add_special, parse_special);
+        int32_t n =
+            llama_tokenize(vocab(), text.data(), text.size(), tokens.data(), tokens.size(), add_special, parse_special);
         if (n < 0) {
             tokens.resize(-n);
-            n = llama_tokenize(vocab(), text.data(), text.size(), tokens.data(), tokens.size(), add_special, parse_special);
+            n = llama_tokenize(vocab(), text.data(), text.size(), tokens.data(), tokens.size(), add_special,
+                               parse_special);
         }
         tokens.resize(std::max(n, 0));
         return Status::Done;

@@ -80,7 +80,8 @@ llama_token sample(llama_sampler * chain, const float * logits, int32_t n_vocab)
     }
     const llama_token_data & chosen = array.data[array.selected];
     if (std::isinf(chosen.logit) && chosen.logit < 0) {
-        throw std::runtime_error("no token of the vocabulary is left to choose: the grammar or the biases exclude them all");
+        throw std::runtime_error(
+            "no token of the vocabulary is left to choose: the grammar or the biases exclude them all");
     }
     llama_sampler_accept(chain, chosen.id);
     return chosen.id;

@@ -48,9 +48,7 @@ class Reader : public llama_io_read_i {
 public:
     Reader(Call & call, const uint8_t * bytes, size_t size) : call_(call), bytes_(bytes), size_(size) {}
 
-    void read(void * dst, size_t size) override {
-        std::memcpy(dst, take(size), size);
-    }
+    void read(void * dst, size_t size) override { std::memcpy(dst, take(size), size); }
 
     void read_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
         for (size_t done = 0; done < size; done += kPiece) {
@@ -98,7 +96,8 @@ Status ContextBox::save_state(llama_seq_id seq, Call & call, std::vector<uint8_t
     }
 }
 
-Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t size, Call & call, std::string & message) {
+Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t size, Call & call,
+                              std::string & message) {
     const InFlight in_flight;
     const bool held = memory_.pos_max(seq) >= 0;
     Undo undo(memory_);
