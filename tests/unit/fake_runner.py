@@ -61,6 +61,7 @@ class FakeRunner:
 
     def __post_init__(self) -> None:
         self.cells: dict[int, list[tuple[int, int]]] = {}
+        self.peaks: dict[int, int] = {}  # the most that a sequence has held: a window has let go of what lies far back
         self._next = itertools.count()
 
     def content(self, seq: int) -> list[int]:
@@ -88,10 +89,11 @@ class FakeRunner:
     def _act(self, action: Action, outcome: Outcome) -> None:
         if isinstance(action, Clear):
             self.cells.pop(action.seq, None)
+            self.peaks[action.seq] = 0
         elif isinstance(action, Cut):
             held = self.cells[action.seq]
             assert action.length < len(held)
-            assert self.rules.cut or len(held) <= self.rules.window
+            assert self.rules.cut or self.peaks[action.seq] <= self.rules.window
             del held[action.length :]
         else:
             held = self.cells[action.src]
@@ -99,6 +101,8 @@ class FakeRunner:
             assert self.rules.copy != "nothing"
             part = action.length is not None
             assert not part or self.rules.copy == "part"
+            assert not part or self.rules.cut or self.peaks[action.src] <= self.rules.window
+            self.peaks[action.dst] = self.peaks[action.src]
             self.cells[action.dst] = held[: action.length]
             if self._chance(self.chances.lost):
                 del self.cells[action.dst]
@@ -108,6 +112,8 @@ class FakeRunner:
         requests = [rows.request for rows in plan.rows] + plan.embed
         if any(request.id in self.poison for request in requests) or self._chance(self.chances.failed):
             outcome.fault, outcome.error = Fault.FAILED, DecodeFailedError("it failed")
+        elif plan.embed:
+            return False  # it has a context of its own, with nothing in it that could be lost
         elif self._chance(self.chances.broken):
             outcome.fault, outcome.error = Fault.BROKEN, DecodeFailedError("it broke")
             self.cells.clear()
@@ -141,6 +147,7 @@ class FakeRunner:
                 count = self.random.randint(0, count) if i == stop_at else 0
             for token in rows.request.tokens[rows.start : rows.start + count]:
                 held.append((next(self._next), token))
+            self.peaks[rows.slot] = max(len(held), self.peaks.get(rows.slot, 0))
             outcome.rows_done += count
             outcome.held[rows.slot] = len(held)
             if self._chance(self.chances.lost):
@@ -159,7 +166,6 @@ class FakeRunner:
 
     def _embed(self, plan: Plan, outcome: Outcome) -> None:
         if self._fault(plan, outcome):
-            outcome.fault = Fault.FAILED
             return
         stopped = self._chance(self.chances.stopped)
         outcome.aborted = stopped

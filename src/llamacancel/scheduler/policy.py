@@ -140,8 +140,8 @@ def share(budget: int, wants: Sequence[tuple[int, int]]) -> list[int]:
 def abort_when(pace: Pace, prompt_rows: int, other_rows: int) -> Literal["all", "any"]:
     """What a cancel of some rows of a step is to do.
 
-    A short step goes on without them, which costs the others nothing. A long one is stopped, so that the slot is free soon,
-    and run again without them: that costs the others a part of a step. A flood of cancels must not keep them from getting
-    on, so no more than a tenth of the time is spent in this way.
+    A short step goes on without them, which costs the others nothing. A long one is stopped, so that the slot is free
+    soon, and run again without them: that costs the others a part of a step. A flood of cancels must not keep them from
+    getting on, so no more than a tenth of the time is spent in this way.
     """
     return "any" if pace.patience > 0 and pace.expected(prompt_rows, other_rows) > _GO_ON_SECONDS else "all"

@@ -448,10 +448,12 @@ class Scheduler:
             self._finish(request, "length", now)
 
     def _embedded(self, request: Request, outcome: Outcome, now: float) -> None:
+        if request.ending is not None or request.id in outcome.cancelled:
+            return
         if request.id in outcome.embedded:
             request.held = request.n_prompt
             self._finish(request, "stop", now)
-        elif request.id not in outcome.failed and request.id not in outcome.cancelled and request.ending is None:
+        elif request.id not in outcome.failed:
             self.embedding.remove(request)
             self._enqueue(request)
 
