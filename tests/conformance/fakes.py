@@ -18,7 +18,7 @@ from llamacancel.conformance.wire import Target
 WORD = 0.002  # seconds of prefill for a word
 TOKEN = 0.04  # seconds of generation for a token
 PADDING = "f" * 400  # of each event, so that few of them fill a connection
-CHUNK = 16  # words that are computed in one piece
+CHUNK = 24  # words that are computed in one piece
 
 
 @dataclass

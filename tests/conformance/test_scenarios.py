@@ -125,11 +125,17 @@ def test_a_server_with_one_slot_is_judged_by_what_it_has() -> None:
 
 
 @pytest.mark.parametrize("kind", [fakes.NeverTheSame, fakes.DependsOnNeighbours])
-@pytest.mark.parametrize("name", ["prefill-hang-up", "queued-hang-up", "random-rounds"])
+@pytest.mark.parametrize("name", ["prefill-hang-up", "random-rounds"])
 def test_answers_that_differ_undisturbed_are_compared_by_length(kind: type[fakes.Server], name: str) -> None:
     result = result_of(kind, name)
     assert result.outcome == PASSED
     assert result.figures["compared"].startswith("by length")
+
+
+def test_answers_that_are_all_as_some_undisturbed_ones_are_said_to_be_so() -> None:
+    result = result_of(fakes.DependsOnNeighbours, "queued-hang-up")
+    assert result.outcome == PASSED
+    assert result.figures["compared"] == "to the letter, though undisturbed answers differ among themselves"
 
 
 def test_a_survivor_that_is_cut_short_fails_where_answers_are_compared_by_length_too() -> None:

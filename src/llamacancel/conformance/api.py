@@ -98,7 +98,7 @@ class Api:
         holder = choice.get("delta") or choice.get("message") or {}
         text = choice.get("text")
         if not isinstance(text, str):
-            text = "".join(str(holder.get(name) or "") for name in ("reasoning_content", "content"))
+            text = "".join(str(holder.get(name) or "") for name in ("reasoning_content", "reasoning", "content"))
         reason = choice.get("finish_reason")
         return Piece(text, reason if isinstance(reason, str) else None, usage)
 

@@ -76,8 +76,8 @@ class Bench:
         self.repeats_beside = True
         self.acts: list[Act] = []
         self._seeds = itertools.count()
+        self._undisturbed: dict[tuple[str, int], set[str]] = {}
         self._references: dict[tuple[str, int, bool], Answer] = {}
-        self._takes_cache_prompt = True
 
     # Time
 
@@ -163,7 +163,9 @@ class Bench:
     # References
 
     async def reference(self, request: Request) -> Answer:
-        """What the request gives when nothing else is going on; asked twice, to see whether that is always the same.
+        """What the request gives when nothing else is going on and nothing is kept of its prompt.
+
+        It is asked twice, to see whether that is always the same.
 
         Raises:
             Unjudged: The server does not answer it.
@@ -171,11 +173,21 @@ class Bench:
         key = (request.prompt, request.max_tokens, request.stream)
         if key not in self._references:
             first = await self.alone(request)
+            await self.forget()
             second = await self.alone(request)
             if second.text != first.text:
                 self.repeats_alone = False
             self._references[key] = first
+            self.note_undisturbed(request, first.text, second.text)
         return self._references[key]
+
+    def note_undisturbed(self, request: Request, *texts: str) -> None:
+        """Remember answers that a request was given when nobody hung up."""
+        self._undisturbed.setdefault((request.prompt, request.max_tokens), set()).update(texts)
+
+    def as_undisturbed(self, call: Call) -> bool:
+        """Whether an answer is one that the same request was given when nobody hung up."""
+        return call.text in self._undisturbed.get((call.request.prompt, call.request.max_tokens), ())
 
     async def alone(self, request: Request) -> Answer:
         """Ask once, with nothing else going on, outside of the performance's picture."""
@@ -187,29 +199,29 @@ class Bench:
             raise Unjudged(f"the server did not answer an undisturbed request: {call.error or 'nothing came'}")
         return Answer.of(call)
 
-    async def uncached(self, request: Request) -> Answer:
-        """Ask once with nothing kept of the prompt, as far as the server lets itself be told so.
+    async def forget(self) -> None:
+        """Fill every slot with something else, so that no prompt of ours is left there.
 
-        Raises:
-            Unjudged: The server does not answer it.
+        A prompt that is partly there already is computed in pieces of other sizes, which changes the last bits and,
+        now and then, a token. Servers that keep prompts elsewhere, too, are told not to by `cache_prompt`.
         """
-        if self._takes_cache_prompt:
-            try:
-                return await self.alone(request.with_extra(cache_prompt=False))
-            except Unjudged:
-                self._takes_cache_prompt = False
-        return await self.alone(request)
+        calls = [Call(self.profile.api, self.fresh(self.profile.short_words, 2)) for _ in range(self.slots)]
+        for call in calls:
+            await call.until_end(self.patience(self.slots * self.profile.long_ttft))
+            await call.close()
 
     async def undisturbed(self) -> None:
         """See whether the server's answers are always the same when nobody hangs up: alone and beside each other."""
         requests = [self.pooled(i) for i in range(min(self.slots, 4))]
         references = [await self.reference(request) for request in requests]
         for _ in range(2):
+            await self.forget()
             calls = [self.start(f"undisturbed {i}", request) for i, request in enumerate(requests)]
             for call, reference in zip(calls, references, strict=True):
                 await call.until_end(self.patience(len(requests) * reference.seconds))
                 if (said := shortfall(call, reference)) is not None:
                     raise Unjudged(f"already undisturbed, {said}")
+                self.note_undisturbed(call.request, call.text)
                 if flaw(call, reference) is not None:
                     self.repeats_beside = False
         await self.reference(self._probe())
@@ -225,6 +237,7 @@ class Bench:
         """
         request = self._probe()
         reference = self._references[request.prompt, request.max_tokens, request.stream]
+        await self.forget()
         call = Call(self.profile.api, request, "a client")
         work = self.profile.long_ttft + request.max_tokens * self.profile.seconds_per_token
         await call.until_end(self.patience(work))

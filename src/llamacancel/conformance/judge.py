@@ -10,7 +10,7 @@ from .answers import Answer, flaw, shortfall
 from .bench import Bench, Broken, Missed, Unjudged
 from .call import Call
 
-__all__ = ["Played", "against_control", "see_active"]
+__all__ = ["Played", "against_control", "how_compared", "see_active"]
 
 _MORE_CONTROLS = 3
 
@@ -38,7 +38,8 @@ async def against_control(bench: Bench, play: Callable[[bool], Awaitable[Played]
     """Perform a scenario without its hang-up, then with it, and judge those who should not have noticed.
 
     Answers are compared to the letter if the server's undisturbed answers are always the same: alone, beside each
-    other, and in the performance without the hang-up. Otherwise they must be whole.
+    other, and in the performance without the hang-up. Otherwise they must be whole, and it is told how many of them
+    are the same as one that was given without a hang-up.
 
     Args:
         bench: The workbench.
@@ -52,34 +53,49 @@ async def against_control(bench: Bench, play: Callable[[bool], Awaitable[Played]
         Unjudged: It would not have been answered without the hang-up either.
         Missed: The situation did not come about.
     """
+    await bench.forget()
     bench.act("control")
     control = await play(False)
     if (said := control.first_shortfall()) is not None:
         raise Unjudged(f"already without any hang-up, {said}")
+    for call, reference in control.survivors:
+        bench.note_undisturbed(call.request, call.text, reference.text)
     exact = bench.repeats_alone and bench.repeats_beside and control.first_flaw() is None
-    figures = {f"control: {name}": value for name, value in control.figures.items()}
 
+    await bench.forget()
     bench.act("hang-up")
     disturbed = await play(True)
-    figures |= disturbed.figures
+    figures = {f"control: {name}": value for name, value in control.figures.items()} | disturbed.figures
     if (said := disturbed.first_shortfall()) is not None:
         raise Broken(said, **figures)
     if exact and (said := disturbed.first_flaw()) is not None:
         for _ in range(_MORE_CONTROLS):
+            await bench.forget()
             bench.act("control again")
-            if (await play(False)).first_flaw() is not None:
+            again = await play(False)
+            for call, _ in again.survivors:
+                bench.note_undisturbed(call.request, call.text)
+            if again.first_flaw() is not None:
                 exact = False
                 break
         else:
             raise Broken(f"{said} ({1 + _MORE_CONTROLS} performances without the hang-up did not)", **figures)
     await bench.afterwards()
-    return figures | how_compared(exact, disturbed)
+    if not disturbed.survivors:
+        return figures | {"compared": "no neighbour was active"}
+    for call, reference in disturbed.survivors:
+        bench.note_undisturbed(call.request, reference.text)
+    same = sum(bench.as_undisturbed(call) for call, _ in disturbed.survivors)
+    return figures | {"compared": how_compared(exact, same, len(disturbed.survivors))}
 
 
-def how_compared(exact: bool, played: Played) -> dict[str, Any]:
-    if not played.survivors:
-        return {"compared": "no neighbour was active"}
-    return {"compared": "to the letter" if exact else "by length: undisturbed answers differ among themselves"}
+def how_compared(exact: bool, same: int, survivors: int) -> str:
+    """Say how survivors were compared, of whom `same` got an answer that was also given when nobody hung up."""
+    if exact:
+        return "to the letter"
+    if same == survivors:
+        return "to the letter, though undisturbed answers differ among themselves"
+    return f"by length: undisturbed answers differ among themselves ({same} of {survivors} as undisturbed)"
 
 
 def see_active(call: Call, reference: Answer, when: str) -> None:

@@ -24,6 +24,7 @@ _OPTIONS: dict[str, Any] = {
     "seed": 1,
     "stream_options": {"include_usage": True},
     "ignore_eos": True,
+    "cache_prompt": False,
 }
 _SHORT_WORDS = 24
 _MOST_SLOTS = 32

@@ -94,7 +94,8 @@ async def beside_a_prefill(bench: Bench) -> dict[str, Any]:
         await victim.until_end(bench.patience(work))
         if not disturbed:
             _was_active_beside(survivor, victim)
-        return Played([(survivor, await bench.uncached(request))])
+        await bench.forget()
+        return Played([(survivor, await bench.alone(request))])
 
     return await against_control(bench, play)
 

@@ -72,6 +72,6 @@ async def last_token(bench: Bench) -> dict[str, Any]:
             survivors.append((await bench.ask(f"next {i + 1}", following, work), following_reference))
         if disturbed and hits < _ROUNDS // 2:
             raise Missed(f"only {hits} of {_ROUNDS} hang-ups came between the last but one token and the end")
-        return Played(survivors, {"hang-ups": hits})
+        return Played(survivors, {"hang-ups": hits} if disturbed else {})
 
     return await against_control(bench, play)

@@ -45,6 +45,6 @@ async def queued_hang_up(bench: Bench) -> dict[str, Any]:
             if victim.first_token is not None and victim.first_token < first_free:
                 raise Missed("the client that should have been queued was served while all slots were taken")
         survivors = [*zip(active, references, strict=True), (behind, last_reference)]
-        return Played(survivors, {"active": slots, "queued": 2})
+        return Played(survivors, {"active": slots, "queued": 2} if disturbed else {})
 
     return await against_control(bench, play)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..answers import Answer
@@ -30,7 +31,8 @@ async def answer(bench: Bench) -> dict[str, Any]:
             first = await _first(bench, request, work, disturbed=disturbed)
             await bench.sleep(pause * bench.profile.long_ttft)
             again = await bench.ask("asks again" if pause == 0 else "asks again later", request, work)
-            reference = await bench.uncached(request)
+            await bench.forget()
+            reference = await bench.alone(replace(request, extra={}))
             survivors += [(again, reference)] if disturbed else [(first, reference), (again, reference)]
             figures[f"{again.name}: time to first token (s)"] = again.time_to_first_token
             if reference.time_to_first_token is not None:
@@ -85,7 +87,8 @@ async def prefix(bench: Bench) -> dict[str, Any]:
 
 
 def _fresh(bench: Bench) -> Request:
-    return bench.fresh(bench.profile.long_words, _TOKENS)
+    request = bench.fresh(bench.profile.long_words, _TOKENS)
+    return request.with_extra(cache_prompt=True) if "cache_prompt" in bench.profile.api.options else request
 
 
 async def _first(bench: Bench, request: Request, work: float, *, disturbed: bool) -> Call:
@@ -104,5 +107,5 @@ def _kept(again: Call, fresh: float) -> bool:
     """Whether a good part of the prompt was not computed again: as the server says, otherwise by the time."""
     prompt_tokens = (again.usage or {}).get("prompt_tokens")
     if again.cached_tokens is not None and isinstance(prompt_tokens, int):
-        return again.cached_tokens >= 0.25 * prompt_tokens
+        return again.cached_tokens >= 0.1 * prompt_tokens
     return again.time_to_first_token is not None and again.time_to_first_token < 0.75 * fresh

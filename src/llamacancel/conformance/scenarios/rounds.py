@@ -11,6 +11,7 @@ from ..answers import Answer, flaw, shortfall
 from ..api import Request
 from ..bench import TURNED_AWAY, Bench, Broken, Missed, Unjudged
 from ..call import Call
+from ..judge import how_compared
 from ..scenario import scenario
 
 _CONTROLS = 4
@@ -34,7 +35,7 @@ async def random_rounds(bench: Bench) -> dict[str, Any]:
     references = [await bench.reference(request) for request in pool]
     choose = random.Random(bench.settings.seed)
     exact = bench.repeats_alone and bench.repeats_beside
-    hit = served = planned = turned_away = 0
+    hit = served = same = planned = turned_away = 0
     for n in range(bench.settings.rounds):
         plan = _plan(bench, choose, pool, references)
         planned += sum(client.hangs_up_after is not None for client in plan)
@@ -47,6 +48,7 @@ async def random_rounds(bench: Bench) -> dict[str, Any]:
                 turned_away += 1
                 continue
             served += 1
+            same += bench.as_undisturbed(call)
             if (said := shortfall(call, client.reference)) is not None:
                 raise Broken(f"in round {n + 1}, {said}", rounds=n + 1, **{"hang-ups": hit})
             if exact and (said := flaw(call, client.reference)) is not None:
@@ -64,7 +66,7 @@ async def random_rounds(bench: Bench) -> dict[str, Any]:
         "hang-ups": hit,
         "others answered": served,
         "others turned away": turned_away or None,
-        "compared": "to the letter" if exact else "by length: undisturbed answers differ among themselves",
+        "compared": how_compared(exact, same, served),
     }
     if 2 * hit < planned:
         raise Missed(f"only {hit} of {planned} hang-ups came before the answer's end")
