@@ -32,6 +32,17 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        engine = self._service.engine
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            print(
+                f"serving {self._service.model_name} on http://{f'[{host}]' if ':' in host else host}:{port} "
+                f"({engine.slots} slots, {engine.n_ctx} tokens of context)",
+                flush=True,
+            )
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if not self.force_exit:
             print("stopping: what is on its way gets its answer (Ctrl-C again stops at once)", file=sys.stderr)
@@ -94,12 +105,6 @@ def run(args: argparse.Namespace) -> int:
                 server_header=False,
                 timeout_keep_alive=65,
                 timeout_graceful_shutdown=math.ceil(args.drain_timeout) + 5,
-            )
-            host, port = listener.getsockname()[:2]
-            print(
-                f"serving {app.state.service.model_name} on http://{f'[{host}]' if ':' in host else host}:{port} "
-                f"({engine.slots} slots, {engine.n_ctx} tokens of context)",
-                flush=True,
             )
             Server(config, app.state.service).run(sockets=[listener])
     return 0
