@@ -18,7 +18,8 @@ class TextAssembler(Generic[T]):
     may yet become a stop string is held back, too.
 
     Args:
-        stop: Stop strings. The text ends before the first one that occurs, the longest where several begin.
+        stop: Stop strings. The text ends before the first one that is complete, the longest where several are at once:
+            so it does not matter where the items end.
 
     Attributes:
         stopped: The stop string that was found.
@@ -71,10 +72,10 @@ class TextAssembler(Generic[T]):
 
     def _end_at_stop(self) -> tuple[str, list[T]] | None:
         """What is left before the first stop string, with the items that some of that belongs to."""
-        found = [(at, -len(stop), stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if not found:
             return None
-        at, _, self.stopped = min(found)
+        _, at, self.stopped = min(found)
         text, items = self._give(at)
         items += [item for item, before, _ in self._waiting if before < self._given]
         self._waiting.clear()
