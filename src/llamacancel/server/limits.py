@@ -53,7 +53,7 @@ class RequestIds:
 
         async def with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._on_answer(scope["path"], message["status"])
+                self._on_answer(_path(scope), message["status"])
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
