@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,7 +52,6 @@ def new_context(model_of: Callable[[str], lc.Model]) -> Iterator[Callable[..., l
     yield make
     for context in contexts:
         context.close()
-    gc.collect()
 
 
 def prompt(model: lc.Model, n: int, seed: int = 0) -> np.ndarray:

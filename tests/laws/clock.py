@@ -51,7 +51,8 @@ def _library() -> tuple[ctypes.CDLL, ctypes.PyDLL] | None:
     with tempfile.TemporaryDirectory(prefix="llamacancel-clock-") as folder:
         built = Path(folder) / "clock.so"
         source = Path(__file__).with_name("clock.c")
-        done = subprocess.run([compiler, "-O2", "-std=c11", "-shared", "-fPIC", "-o", built, source], capture_output=True)
+        command = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", "-o", built, source]
+        done = subprocess.run(command, capture_output=True)
         if done.returncode != 0:
             return None
         free, holding = ctypes.CDLL(str(built)), ctypes.PyDLL(str(built))
@@ -94,6 +95,10 @@ class Clock:
         """Whether its thread has come to where it stops."""
         return bool(self._watch.stopped)
 
+    def jumps_in(self, readings: int) -> None:
+        """Has the clock, which its thread is reading, jump after so many more readings."""
+        self._watch.jump_at = self.readings + readings
+
     def go_on(self) -> None:
         self._watch.go_on = 1
 
@@ -133,15 +138,15 @@ class Flight:
     """
 
     def __init__(self, call: Callable[[], Any], at: int = 40, **clock: Any) -> None:
+        """`at`: the reading at which it stops; NEVER if it is not to stop, and nothing is waited for."""
         self.told: Any = None
         self.clock = Clock(stop_at=at, **clock)
         self._call = call
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
-        wait_for(lambda: self.clock.stopped or not self.thread.is_alive(), "the call's middle")
-        if not self.clock.stopped:
-            self.thread.join()
-            raise AssertionError(f"the call was over after {self.clock.readings} readings: {self.told!r}")
+        if at != NEVER:
+            wait_for(lambda: self.clock.stopped or not self.thread.is_alive(), "the call's middle")
+            assert self.clock.stopped, f"the call was over after {self.clock.readings} readings: {self.told!r}"
 
     def _run(self) -> None:
         try:
@@ -149,6 +154,11 @@ class Flight:
                 self.told = self._call()
         except BaseException as error:
             self.told = error
+
+    def waits(self) -> None:
+        """Returns once the call waits for a context that another one uses."""
+        wait_for(lambda: self.clock.readings > 4 or not self.thread.is_alive(), "the call to wait")
+        assert self.thread.is_alive(), f"the call did not wait: {self.told!r}"
 
     def lands(self) -> Any:
         """Lets the call go on to its end; what it returned, or raised."""

@@ -1,4 +1,4 @@
-"""What the laws have in common: a context and its twin."""
+"""What the laws have in common: a context and its twin, and where the middle of a call is."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 
 import llamacancel as lc
 
-from .words import NewContext
-
-Pair = Callable[..., tuple[lc.Context, lc.Context]]
+from .clock import readings_of
+from .words import NewContext, Pair, far
 
 
 @pytest.fixture
@@ -23,3 +22,21 @@ def pair(new_context: NewContext) -> Pair:
         return new_context(arch, **settings), new_context(arch, **settings)
 
     return make
+
+
+@pytest.fixture
+def readings(new_context: NewContext) -> Callable[..., int]:
+    """How often a whole call reads the clock, tried in a context of its own that was filled in the same way."""
+
+    def count(
+        arch: str, rows: lc.Batch, past: Callable[[lc.Context], object] = lambda context: None, token: Any = None,
+        **params: Any,
+    ) -> int:
+        context = new_context(arch, **{"n_ubatch": 8, "n_seq_max": 3, **params})
+        token = far() if token is None else token
+        past(context)
+        told = readings_of(lambda: context.decode(rows, token))
+        context.close()
+        return told
+
+    return count

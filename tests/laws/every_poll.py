@@ -1,9 +1,10 @@
 """Cancels a decode at its first poll, at its second, ... at every one, and looks for traces in the context.
 
-A program: `LD_PRELOAD=<words.clock_library()> python -m tests.laws.every_poll ARCH`. It writes one line of JSON for
-each scenario. `test_law_04_rollback.py` and `test_law_07_neighbours.py` run it and read them.
+A program: `python -m tests.laws.every_poll ARCH`. It writes one line of JSON for each scenario.
+`test_law_04_rollback.py` and `test_law_07_neighbours.py` run it and read them.
 
-One scenario is tried at every poll, the others at some; LLAMACANCEL_DENSITY=20 tries twenty times as many.
+A poll here is a reading of the clock that the call makes. Two scenarios are tried at every poll if there are not too
+many, the others at some, the first and the last always among them; LLAMACANCEL_DENSITY=20 tries twenty times as many.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ import numpy as np
 
 import llamacancel as lc
 from llamacancel.make_model import cached_model
+from tests.laws.clock import NEVER, deadline_at, readings_of
 from tests.laws.words import (
-    FAR,
-    NEVER,
-    Clock,
     batch,
     cancelled,
     close,
     decode,
+    far,
     holds,
     one_more,
     outputs,
@@ -41,6 +41,7 @@ DENSITY = float(os.environ.get("LLAMACANCEL_DENSITY", "1"))
 
 EVERY = ("llama", "swa", "mamba", "hybrid", "moe")
 ALL = EVERY[:-1]  # a mixture of experts has the memory of "llama": it does with some
+ALMOST_ALL = 100
 SHARING = ("llama", "swa", "hybrid")  # whose rows may belong to several sequences
 
 
@@ -53,14 +54,14 @@ class Scenario:
         rows: Makes the batch.
         params: Parameters of the context.
         archs: Architectures that can do it.
-        cancels: About how many polls are tried; None for all.
+        cancels: About how many polls are tried.
     """
 
     past: Callable[[lc.Context], Any]
     rows: Callable[[], lc.Batch]
     params: dict[str, Any] = field(default_factory=dict)
     archs: tuple[str, ...] = ALL
-    cancels: int | None = 11
+    cancels: int = 9
 
 
 def fill(context: lc.Context, rows: lc.Batch) -> None:
@@ -142,8 +143,8 @@ _QUANTIZED = {"flash_attn": True, "type_k": "q8_0", "type_v": "q8_0"}
 
 SCENARIOS: dict[str, Scenario] = {
     "an empty sequence": Scenario(lambda context: None, lambda: batch((tokens(32, 50), 0, 0))),
-    "a sequence with history": Scenario(_history(40), lambda: batch(_STEP), {}, EVERY, None),
-    "one token": Scenario(_history(40), lambda: batch(([777], 40, 0)), cancels=None),
+    "a sequence with history": Scenario(_history(40), lambda: batch(_STEP), {}, EVERY, ALMOST_ALL),
+    "one token": Scenario(_history(40), lambda: batch(([777], 40, 0)), cancels=ALMOST_ALL),
     "one ubatch": Scenario(_history(40), lambda: batch(_STEP), {"n_ubatch": 32}),
     "the last row's logits alone": Scenario(_history(40), lambda: batch(_STEP, logits="last")),
     "values transposed": Scenario(_history(40), lambda: batch(_STEP), {"flash_attn": False}, SHARING),
@@ -216,7 +217,6 @@ class Sweep:
         self.model = model
         self.params = {"n_ctx": 1024, "n_ubatch": 8, "n_threads": 1, **params}
         self.past = past
-        self.clock = Clock()
         self.problems: list[str] = []
         self.cancels = 0
         self.rows_done: set[int] = set()
@@ -231,22 +231,24 @@ class Sweep:
             self.problems.append(what)
 
     def decode_until(self, k: int, context: lc.Context, rows: lc.Batch, **params: Any) -> lc.DecodeCancelled | None:
-        token = lc.CancelToken(timeout=FAR)
-        with self.clock.jumps_at(k):
+        token = far()
+        with deadline_at(k):
             return cancelled(context, rows, token, **params)
 
     def polls_of(self, rows: lc.Batch) -> int:
         with self.context() as context:
-            self.decode_until(NEVER, context, rows)
-            return self.clock.read
+            token = far()
+            return readings_of(lambda: context.decode(rows, token))
 
     def report(self, **more: Any) -> dict[str, Any]:
         return {"cancels": self.cancels, "rows_done": sorted(self.rows_done), "problems": self.problems[:8],
                 "n_problems": len(self.problems), **more}
 
 
-def stride_of(polls: int, cancels: int) -> int:
-    return max(1, int(polls / (cancels * DENSITY))) | 1  # odd, so that it meets other nodes in each ubatch
+def some(polls: int, n: float) -> list[int]:
+    """About `n` of the polls: all if there are no more, else at equal distances, the first and the last among them."""
+    n = min(polls, max(3, int(n * DENSITY)))
+    return sorted({1 + round(i * (polls - 1) / (n - 1)) for i in range(n)}) if n > 1 else [1]
 
 
 def rollback(model: lc.Model, scenario: Scenario) -> dict[str, Any]:
@@ -258,10 +260,9 @@ def rollback(model: lc.Model, scenario: Scenario) -> dict[str, Any]:
         expected, expected_next = decode(twin, rows), one_more(twin)
         expected_last = outputs_or_none(twin)
     polls = sweep.polls_of(rows)
-    stride = 1 if scenario.cancels is None else stride_of(polls, scenario.cancels)
 
     context = sweep.context()
-    for n, k in enumerate(range(1, polls + 1, stride)):
+    for n, k in enumerate(some(polls, scenario.cancels)):
         before = outputs_or_none(context)
         error = sweep.decode_until(k, context, rows)
         if error is None:
@@ -306,9 +307,8 @@ def keep(model: lc.Model, scenario: Scenario) -> dict[str, Any]:
     with sweep.context() as twin:
         expected, expected_next = by_row(twin, rows, decode(twin, rows)), one_more(twin)
     polls = sweep.polls_of(rows)
-    stride = 1 if scenario.cancels is None else stride_of(polls, scenario.cancels)
 
-    for n, k in enumerate(range(1, polls + 1, 4 * stride if scenario.cancels else 7)):
+    for n, k in enumerate(some(polls, scenario.cancels / 4)):
         with sweep.context() as context:
             left = rows
             got: dict[Any, np.ndarray] = {}
@@ -389,9 +389,8 @@ def neighbour(model: lc.Model, name: str, on_cancel: str) -> dict[str, Any]:
     (mine_seq,), (other_seq,) = {part[2] for part in mine}, {part[2] for part in other}
     with sweep.context() as context:
         at_first = holds(context)
-        with sweep.clock.jumps_at(NEVER):
-            context.decode(rows, {other_seq: lc.CancelToken(timeout=FAR)})
-        polls = sweep.clock.read
+        given = {other_seq: far()}
+        polls = readings_of(lambda: context.decode(rows, given))
 
     twins: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -405,11 +404,11 @@ def neighbour(model: lc.Model, name: str, on_cancel: str) -> dict[str, Any]:
         return twins[kept]
 
     worst = 0.0
-    for k in range(1, polls + 1, stride_of(polls, 6)):
+    for k in some(polls, 6):
         with sweep.context() as context:
-            token = lc.CancelToken(timeout=FAR)
+            token = far()
             try:
-                with sweep.clock.jumps_at(k):
+                with deadline_at(k):
                     result = context.decode(rows, {other_seq: token}, on_cancel=on_cancel)
             except lc.DecodeCancelled as error:
                 sweep.expect(False, f"poll {k}: the whole call was cancelled: {error}")
@@ -465,14 +464,13 @@ def load_state(model: lc.Model, into: str) -> dict[str, Any]:
     with prepared() as twin:
         at_first = holds(twin)
         expected = one_more(twin)
-        with sweep.clock.jumps_at(NEVER):
-            twin.state.load(seq, data, lc.CancelToken(timeout=FAR))
-        polls = sweep.clock.read
-    for k in range(1, polls + 1):
+        token = far()
+        polls = readings_of(lambda: twin.state.load(seq, data, token))
+    for k in some(polls, 12):
         with prepared() as context:
-            token = lc.CancelToken(timeout=FAR)
+            token = far()
             try:
-                with sweep.clock.jumps_at(k):
+                with deadline_at(k):
                     context.state.load(seq, data, token)
             except lc.DeadlineExceeded:
                 sweep.cancels += 1

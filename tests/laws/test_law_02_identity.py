@@ -4,50 +4,64 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 import llamacancel as lc
 from tests.conftest import GENERATIVE
 
-from .words import batch, cancelled, dead, decode, holds, one_more, same_bits, threads, tokens
+from .clock import Flight, in_the_middle, readings_of
+from .words import (
+    ModelPath,
+    NewContext,
+    Pair,
+    batch,
+    cancelled,
+    dead,
+    decode,
+    far,
+    holds,
+    one_more,
+    same_bits,
+    stale,
+    threads,
+    tokens,
+)
 
-NewContext = Callable[..., lc.Context]
+ROWS = batch((tokens(60, 1), 0, 0), logits="last")
+
+
+# ---- late ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_cancel_after_the_call_does_not_reach_the_next_one(arch: str, new_context: NewContext) -> None:
-    context, twin = new_context(arch, n_ubatch=8), new_context(arch, n_ubatch=8)
-    for turn in range(12):
+def test_a_cancel_after_the_call_does_not_reach_the_next_one(arch: str, pair: Pair) -> None:
+    context, twin = pair(arch)
+    for turn in range(6):
         rows = batch((tokens(16, turn), 16 * turn, 0))
         token = lc.CancelToken()
-        a, b = decode(context, rows, token), decode(twin, rows)
-        assert same_bits(a, b)
+        assert same_bits(decode(context, rows, token), decode(twin, rows))
         assert token.cancel("too late")
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
-def test_the_token_of_an_earlier_call_cancelled_within_a_later_one_does_not_reach_it(
-    arch: str, new_context: NewContext
-) -> None:
-    context, twin = new_context(arch, n_ubatch=8), new_context(arch, n_ubatch=8)
-    stale = [lc.CancelToken() for _ in range(40)]
-    for turn, token in enumerate(stale):
-        context.decode(batch(([400 + turn], turn, 0)), token)
-        twin.decode(batch(([400 + turn], turn, 0)))
-    rows = batch((tokens(600, 1), 40, 0), logits="last")
-    results = []
-    with threads(lambda: results.append(decode(context, rows, lc.CancelToken()))):
-        for token in stale:
-            token.cancel("stale")
-    assert same_bits(results[0], decode(twin, rows))
+def test_the_tokens_of_earlier_calls_cancelled_within_a_later_one_do_not_reach_it(arch: str, pair: Pair) -> None:
+    context, twin = pair(arch)
+    past = [lc.CancelToken() for _ in range(12)]
+    for turn, token in enumerate(past):
+        for each in (context, twin):
+            each.decode(batch(([400 + turn], turn, 0)), token)
+    rows = batch((tokens(60, 1), len(past), 0), logits="last")
+    with Flight(lambda: decode(context, rows, far())) as flight:
+        for token in past:
+            assert token.cancel("stale")
+    assert same_bits(flight.told, decode(twin, rows))
 
 
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_cancel_storm_on_finished_tokens_changes_nothing(arch: str, new_context: NewContext) -> None:
-    context, twin = new_context(arch, n_ubatch=8), new_context(arch, n_ubatch=8)
+@pytest.mark.parametrize("arch", ["llama", "mamba"])
+def test_a_cancel_storm_on_finished_tokens_changes_nothing(arch: str, pair: Pair) -> None:
+    context, twin = pair(arch)
     done: list[lc.CancelToken] = []
     over = threading.Event()
 
@@ -59,7 +73,7 @@ def test_a_cancel_storm_on_finished_tokens_changes_nothing(arch: str, new_contex
 
     with threads(storm):
         try:
-            for turn in range(60):
+            for turn in range(40):
                 rows = batch((tokens(16, turn), 16 * turn, 0))
                 token = lc.CancelToken()
                 context.decode(rows, token)
@@ -68,22 +82,73 @@ def test_a_cancel_storm_on_finished_tokens_changes_nothing(arch: str, new_contex
                 assert same_bits(context.logits(-1), twin.logits(-1))
         finally:
             over.set()
-    assert all(token.cancelled for token in done[:-1])
+
+
+@pytest.mark.parametrize("arch", GENERATIVE)
+def test_cancels_that_race_with_the_end_of_a_call_reach_that_call_or_none(arch: str, pair: Pair) -> None:
+    context, twin = pair(arch)
+    rows = batch((tokens(16, 1), 0, 0))
+    expected, after = decode(twin, rows), one_more(twin)
+    readings = readings_of(lambda: context.decode(rows, far()))
+    for at in range(readings - 7, readings + 1):
+        context.memory.clear()
+        token = far()
+        with in_the_middle(token.cancel, at=at):
+            hit = cancelled(context, rows, token) is not None
+        assert token.cancelled
+        assert holds(context)[0][1] == (-1 if hit else 15)
+        if hit:
+            assert same_bits(decode(context, rows), expected)
+        assert same_bits(one_more(context), after)
+
+
+@pytest.mark.parametrize("arch", ["llama", "mamba"])
+def test_a_cancel_after_the_load_does_not_reach_the_model(
+    arch: str, model_path: ModelPath, new_context: NewContext
+) -> None:
+    token = lc.CancelToken()
+    rows = batch((tokens(40), 0, 0))
+    with lc.Model.load(model_path(arch), token=token) as model:
+        assert token.cancel("too late")
+        with model.context(n_ctx=1024, n_ubatch=32, n_threads=1) as context:
+            assert same_bits(decode(context, rows, lc.CancelToken()), decode(new_context(arch), rows))
+
+
+@pytest.mark.parametrize("arch", GENERATIVE)
+def test_a_cancel_after_saving_and_loading_does_not_reach_the_state(arch: str, pair: Pair) -> None:
+    context, twin = pair(arch)
+    for each in (context, twin):
+        each.decode(batch((tokens(50), 0, 0)))
+        saving, loading = lc.CancelToken(), lc.CancelToken()
+        saved = each.state.save(0, saving)
+        if each is context:
+            saving.cancel()
+        each.state.load(1, saved, loading)
+        if each is context:
+            loading.cancel()
+    assert holds(context) == holds(twin)
+    assert same_bits(one_more(context), one_more(twin))
+
+
+# ---- stale -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
 def test_an_already_cancelled_token_starts_no_work(arch: str, new_context: NewContext) -> None:
     context = new_context(arch, n_seq_max=2)
     decode(context, batch((tokens(20), 0, 0)))
-    before, last, perf = holds(context), context.logits(-1), context.perf()
-    for token in (dead(), dead().child(), lc.CancelToken.any_of(lc.CancelToken(), dead()), lc.CancelToken(timeout=0)):
-        error = cancelled(context, batch((tokens(300), 20, 0)), token)
-        assert error is not None
-        assert error.rows_done == 0
-    error = cancelled(context, batch((tokens(9), 20, 0), (tokens(9), 0, 1)), {0: dead(), 1: dead()})
-    assert error is not None
+    before, saved, last, perf = holds(context), context.state.save(0), context.logits(-1), context.perf()
+    for on_cancel in ("rollback", "keep"):
+        for token in stale():
+            error = cancelled(context, batch((tokens(100, 2), 20, 0)), token, on_cancel=on_cancel)
+            assert error is not None
+            assert error.rows_done == 0
+            assert error.sequences[0].end == 20
+        rows = batch((tokens(9), 20, 0), (tokens(9), 0, 1))
+        assert cancelled(context, rows, {0: dead(), 1: dead()}, on_cancel=on_cancel) is not None
     assert context.perf() == perf, "llama.cpp computed something"
     assert holds(context) == before
+    assert context.state.save(0) == saved
     assert same_bits(context.logits(-1), last)
 
 
@@ -91,13 +156,67 @@ def test_an_embedding_model_starts_no_work_under_a_cancelled_token(new_context: 
     context = new_context("embedding", n_ubatch=None, embeddings=True)
     context.decode(batch((tokens(20), 0, 0)))
     before = context.pooled_embeddings(0)
-    assert cancelled(context, batch((tokens(30, 1), 0, 0)), dead()) is not None
+    for token in stale():
+        assert cancelled(context, batch((tokens(30, 1), 0, 0)), token) is not None
     assert same_bits(context.pooled_embeddings(0), before)
 
 
+def test_a_load_under_a_cancelled_token_does_not_begin(model_path: ModelPath) -> None:
+    for arch in (*GENERATIVE, "encdec", "embedding"):
+        for token in stale():
+            shares: list[float] = []
+            with pytest.raises(lc.LoadCancelled) as caught:
+                lc.Model.load(model_path(arch), progress=shares.append, token=token)
+            assert caught.value.cause is token.cause
+            assert shares == []
+
+
+def test_an_encode_under_a_cancelled_token_starts_no_work(new_context: NewContext) -> None:
+    context, twin = new_context("encdec"), new_context("encdec")
+    text, first = batch((tokens(12), 0, 0)), batch(([1], 0, 0))
+    for token in stale():
+        with pytest.raises(lc.DecodeCancelled) as caught:
+            context.encode(text, token)
+        assert caught.value.rows_done == 0
+        with pytest.raises(lc.InvalidBatchError, match="encode"):
+            context.decode(first)
+    late = lc.CancelToken()
+    context.encode(text, late)
+    late.cancel()
+    twin.encode(text)
+    assert same_bits(decode(context, first), decode(twin, first))
+    with pytest.raises(lc.DecodeCancelled):
+        context.encode(batch((tokens(9, 5), 0, 0)), dead())
+    assert same_bits(decode(context, batch(([7], 1, 0))), decode(twin, batch(([7], 1, 0))))
+
+
 @pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_token_may_serve_one_call_after_the_other_until_it_is_cancelled(arch: str, new_context: NewContext) -> None:
-    context, token = new_context(arch), lc.CancelToken()
+def test_a_state_is_not_saved_or_loaded_under_a_cancelled_token(arch: str, pair: Pair, tmp_path: Path) -> None:
+    context, twin = pair(arch)
+    for each in (context, twin):
+        each.decode(batch((tokens(50), 0, 0), (tokens(20, 1), 0, 1)))
+    saved = context.state.save(0)
+    before, last, perf = holds(context), context.logits(-1), context.perf()
+    for token in stale():
+        with pytest.raises(lc.DecodeCancelled):
+            context.state.save(0, token)
+        with pytest.raises(lc.DecodeCancelled):
+            context.state.load(1, saved, token)
+        with pytest.raises(lc.DecodeCancelled):
+            context.state.save_file(tmp_path / "state", 0, token)
+    assert list(tmp_path.iterdir()) == []
+    assert holds(context) == before
+    assert context.perf() == perf
+    assert same_bits(context.logits(-1), last)
+    assert context.state.save(0) == saved
+    assert same_bits(one_more(context), one_more(twin))
+
+
+# ---- repeated --------------------------------------------------------------------------------------------------
+
+
+def test_a_token_may_serve_one_call_after_the_other_until_it_is_cancelled(new_context: NewContext) -> None:
+    context, token = new_context("llama"), lc.CancelToken()
     for turn in range(5):
         context.decode(batch((tokens(10, turn), 10 * turn, 0)), token)
     token.cancel()
@@ -106,19 +225,41 @@ def test_a_token_may_serve_one_call_after_the_other_until_it_is_cancelled(arch: 
     context.decode(batch((tokens(10), 50, 0)), lc.CancelToken())
 
 
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_the_first_cause_stays(arch: str, new_context: NewContext) -> None:
-    token = lc.CancelToken(timeout=1000)
-    assert token.cancel("first") is True
-    assert token.cancel("second", cause=lc.Cause.SHUTDOWN) is False
-    error = cancelled(new_context(arch), batch((tokens(10), 0, 0)), token)
-    assert error is not None
-    assert (error.cause, error.reason) == (lc.Cause.CLIENT, "first")
+def test_the_first_cause_stays_and_a_second_cancel_in_flight_is_told_false(new_context: NewContext) -> None:
+    context, token = new_context("llama", n_ubatch=8), far()
+    with Flight(lambda: cancelled(context, ROWS, token)) as flight:
+        answers = [token.cancel("first"), token.cancel("second", cause=lc.Cause.SHUTDOWN), token.cancel("third")]
+    assert answers == [True, False, False]
+    for error in (flight.told, cancelled(context, ROWS, token)):
+        assert type(error) is lc.DecodeCancelled
+        assert (error.cause, error.reason) == (token.cause, token.reason) == (lc.Cause.CLIENT, "first")
 
 
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_new_token_at_the_address_of_an_old_one_is_a_new_token(arch: str, new_context: NewContext) -> None:
-    context, twin = new_context(arch), new_context(arch)
+def test_of_many_threads_that_cancel_at_once_one_is_the_first_and_the_call_tells_its_reason(
+    new_context: NewContext,
+) -> None:
+    context = new_context("llama", n_ubatch=8)
+    for _ in range(5):
+        token, answers, gate = far(), dict[int, bool](), threading.Barrier(4)
+
+        def canceller(i: int, token: lc.CancelToken = token, answers: dict[int, bool] = answers,
+                      gate: threading.Barrier = gate) -> None:
+            gate.wait()
+            answers[i] = token.cancel(str(i))
+
+        with (
+            Flight(lambda token=token: cancelled(context, ROWS, token)) as flight,
+            threads(*(lambda i=i, canceller=canceller: canceller(i) for i in range(4))),
+        ):
+            pass
+        winners = [i for i, first in answers.items() if first]
+        assert len(winners) == 1
+        assert flight.told.reason == token.reason == str(winners[0])
+
+
+@pytest.mark.parametrize("arch", ["llama", "mamba"])
+def test_a_new_token_at_the_address_of_an_old_one_is_a_new_token(arch: str, pair: Pair) -> None:
+    context, twin = pair(arch)
     for turn in range(50):
         gone = dead()
         assert cancelled(context, batch(([500], turn, 0)), gone) is not None
@@ -127,26 +268,3 @@ def test_a_new_token_at_the_address_of_an_old_one_is_a_new_token(arch: str, new_
             gc.collect()
         rows = batch(([500 + turn], turn, 0))
         assert same_bits(decode(context, rows, lc.CancelToken()), decode(twin, rows))
-
-
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_cancels_that_race_with_the_end_of_a_call_reach_that_call_or_none(arch: str, new_context: NewContext) -> None:
-    context, twin = new_context(arch, n_ubatch=8), new_context(arch, n_ubatch=8)
-    rng = np.random.default_rng(3)
-    rows = batch((tokens(16, 1), 0, 0))
-    expected = decode(twin, rows)
-    after = one_more(twin)
-    hits = 0
-    for _ in range(60):
-        token = lc.CancelToken()
-        timer = threading.Timer(rng.uniform(0, 0.004), token.cancel)
-        timer.start()
-        hit = cancelled(context, rows, token) is not None
-        hits += hit
-        if hit:
-            assert token.cancelled
-            assert holds(context)[0] == (-1, -1)
-            assert same_bits(decode(context, rows), expected)
-        assert same_bits(one_more(context), after)
-        timer.join()
-        context.memory.clear()

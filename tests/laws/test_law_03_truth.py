@@ -11,9 +11,125 @@ import pytest
 import llamacancel as lc
 from tests.conftest import GENERATIVE
 
-from .words import batch, cancelled, cancels_after, dead, decode, holds, tokens, woven
+from .clock import FAR, Flight, deadline_at, readings_of
+from .words import (
+    ModelPath,
+    NewContext,
+    Pair,
+    batch,
+    cancelled,
+    dead,
+    decode,
+    far,
+    holds,
+    same_bits,
+    tokens,
+    woven,
+)
 
-NewContext = Callable[..., lc.Context]
+SHARES = (0.05, 0.3, 0.55, 0.8, 0.95)  # of a call
+
+
+def _readings(context: lc.Context, rows: lc.Batch) -> int:
+    """How often a whole call reads the clock; the context is empty afterwards."""
+    readings = readings_of(lambda: context.decode(rows, far()))
+    context.memory.clear()
+    return readings
+
+
+# ---- why -------------------------------------------------------------------------------------------------------
+
+
+def _sources() -> dict[str, tuple[lc.CancelToken, lc.CancelToken]]:
+    """Tokens to cancel, and those of the call: itself, a descendant, one of several."""
+    tokens = [far() for _ in range(4)]
+    return {
+        "itself": (tokens[0], tokens[0]),
+        "its parent's parent": (tokens[1], tokens[1].child(timeout=FAR).child()),
+        "one of several": (tokens[2], lc.CancelToken.any_of(lc.CancelToken(timeout=FAR), tokens[2])),
+        "a parent of one of several": (
+            tokens[3], lc.CancelToken.any_of(lc.CancelToken(), tokens[3].child()).child(timeout=FAR)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("cause", [lc.Cause.CLIENT, lc.Cause.SHUTDOWN, lc.Cause.INTERRUPT])
+def test_the_call_tells_the_cause_and_reason_of_where_the_cancel_came_from(
+    cause: lc.Cause, new_context: NewContext
+) -> None:
+    context, rows = new_context("llama", n_ubatch=8), batch((tokens(60), 0, 0), logits="last")
+    for origin, token in _sources().values():
+        with Flight(lambda token=token: cancelled(context, rows, token)) as flight:
+            origin.cancel("the client häng up", cause=cause)
+        for error in (flight.told, cancelled(context, rows, token)):
+            assert type(error) is lc.DecodeCancelled
+            assert (error.cause, error.reason) == (token.cause, token.reason) == (cause, "the client häng up")
+            assert cause.value in str(error)
+            assert "the client häng up" in str(error)
+
+
+@pytest.mark.parametrize("on_cancel", ["rollback", "keep"])
+def test_a_deadline_raises_deadline_exceeded_which_is_a_timeout_error(on_cancel: str, new_context: NewContext) -> None:
+    context, rows = new_context("llama", n_ubatch=8), batch((tokens(60), 0, 0), logits="last")
+    for at, token in (
+        (40, far()), (40, far().child()), (40, lc.CancelToken.any_of(lc.CancelToken(), far())),
+        (40, far().child(timeout=2 * FAR)), (0, lc.CancelToken(deadline=time.monotonic() - 1)),
+    ):  # fmt: skip
+        with deadline_at(at), pytest.raises(TimeoutError) as caught:
+            context.decode(rows, token, on_cancel=on_cancel)
+        assert isinstance(caught.value, lc.DeadlineExceeded)
+        assert caught.value.cause is token.cause is lc.Cause.DEADLINE
+        assert "deadline" in str(caught.value)
+        context.memory.clear()
+
+
+def test_a_cancel_before_the_deadline_is_no_deadline(new_context: NewContext) -> None:
+    token = far()
+    token.cancel()
+    error = cancelled(new_context("llama"), batch((tokens(10), 0, 0)), token)
+    assert type(error) is lc.DecodeCancelled
+    assert error.cause is lc.Cause.CLIENT
+
+
+def test_the_verdict_of_a_stopped_shared_call_is_that_of_the_first_cancel(new_context: NewContext) -> None:
+    first, second = lc.CancelToken(), lc.CancelToken()
+    first.cancel("first", cause=lc.Cause.SHUTDOWN)
+    time.sleep(0.002)  # the clock moves on
+    second.cancel("second")
+    for tokens_of in ({0: first, 1: second}, {0: second, 1: first}):
+        error = cancelled(new_context("llama", n_seq_max=2), batch((tokens(9), 0, 0), (tokens(9), 0, 1)), tokens_of)
+        assert error is not None
+        assert (error.cause, error.reason) == (lc.Cause.SHUTDOWN, "first")
+
+
+@pytest.mark.parametrize("cause", [lc.Cause.CLIENT, lc.Cause.SHUTDOWN])
+def test_a_load_and_a_state_tell_the_truth_too(
+    cause: lc.Cause, model_path: ModelPath, new_context: NewContext
+) -> None:
+    context = new_context("llama")
+    context.decode(batch((tokens(20), 0, 0)))
+    saved = context.state.save(0)
+    token = lc.CancelToken()
+    token.cancel("they left", cause=cause)
+    calls: dict[str, Callable[[lc.CancelToken], object]] = {
+        "load": lambda token: lc.Model.load(model_path("llama"), token=token),
+        "saving": lambda token: context.state.save(0, token),
+        "loading": lambda token: context.state.load(0, saved, token),
+    }
+    for what, call in calls.items():
+        with pytest.raises(lc.DecodeCancelled) as caught:
+            call(token)
+        assert (caught.value.cause, caught.value.reason) == (cause, "they left")
+        assert what in str(caught.value)
+        assert cause.value in str(caught.value)
+        assert caught.value.latency >= 0
+        assert caught.value.sequences == {}
+    for what in ("saving", "loading"):
+        with pytest.raises(TimeoutError):
+            calls[what](lc.CancelToken(timeout=0))
+    assert holds(context)[0] == (0, 19)
+
+
+# ---- what the context holds ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
@@ -21,83 +137,50 @@ NewContext = Callable[..., lc.Context]
 def test_a_cancelled_call_never_returns_as_if_it_were_complete(
     arch: str, on_cancel: str, new_context: NewContext
 ) -> None:
-    context = new_context(arch, n_ubatch=8)
-    for share in (0.0, 0.1, 0.4, 0.8):
-        with pytest.raises(lc.DecodeCancelled):
-            context.decode(batch((tokens(800), 0, 0)), lc.CancelToken(timeout=share * 0.008), on_cancel=on_cancel)
+    context, rows = new_context(arch, n_ubatch=8), batch((tokens(60), 0, 0))
+    readings = _readings(context, rows)
+    for share in SHARES:
+        with deadline_at(int(share * readings)), pytest.raises(lc.DecodeCancelled):
+            context.decode(rows, far(), on_cancel=on_cancel)
         context.memory.clear()
 
 
-@pytest.mark.parametrize("arch", GENERATIVE)
-@pytest.mark.parametrize("cause", [lc.Cause.CLIENT, lc.Cause.SHUTDOWN, lc.Cause.INTERRUPT])
-def test_the_exception_says_why(arch: str, cause: lc.Cause, new_context: NewContext) -> None:
-    token = lc.CancelToken().child()
-    token.cancel("the client häng up", cause=cause)
-    error = cancelled(new_context(arch), batch((tokens(10), 0, 0)), token)
-    assert type(error) is lc.DecodeCancelled
-    assert (error.cause, error.reason) == (cause, "the client häng up")
-    assert cause.value in str(error)
-    assert "the client häng up" in str(error)
-
-
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_deadline_raises_deadline_exceeded_which_is_a_timeout_error(arch: str, new_context: NewContext) -> None:
-    context = new_context(arch, n_ubatch=8)
-    for token in (lc.CancelToken(timeout=0.005), lc.CancelToken(deadline=time.monotonic() - 1)):
-        with pytest.raises(TimeoutError) as caught:
-            context.decode(batch((tokens(800), 0, 0)), token)
-        assert isinstance(caught.value, lc.DeadlineExceeded)
-        assert caught.value.cause is lc.Cause.DEADLINE
-        assert token.cause is lc.Cause.DEADLINE
-
-
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_cancel_before_the_deadline_is_no_deadline(arch: str, new_context: NewContext) -> None:
-    token = lc.CancelToken(timeout=1000)
-    token.cancel()
-    error = cancelled(new_context(arch), batch((tokens(10), 0, 0)), token)
-    assert type(error) is lc.DecodeCancelled
-    assert error.cause is lc.Cause.CLIENT
-
-
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_latency_lies_between_the_cancel_and_the_return(arch: str, new_context: NewContext) -> None:
-    context = new_context(arch, n_ubatch=8)
-    for _ in range(5):
-        with cancels_after(0.005) as token:
-            error = cancelled(context, batch((tokens(900), 0, 0)), token)
-            returned = time.monotonic()
-        assert error is not None
-        assert token.cancelled_at is not None
-        assert 0 <= error.latency <= returned - token.cancelled_at
+def _one_after_the_other(*parts: Any) -> lc.Batch:
+    return batch(*parts, logits="last")
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
 @pytest.mark.parametrize("on_cancel", ["rollback", "keep"])
+@pytest.mark.parametrize("layout", [_one_after_the_other, woven], ids=["one after the other", "woven"])
 def test_what_the_exception_says_of_each_sequence_is_what_the_context_holds(
-    arch: str, on_cancel: str, new_context: NewContext
+    arch: str, on_cancel: str, layout: Callable[..., lc.Batch], new_context: NewContext
 ) -> None:
-    context = new_context(arch, n_ubatch=8, n_seq_max=4, n_ctx=2048)
-    decode(context, batch(*((tokens(5 + seq, seq), 0, seq) for seq in range(3))))
-    ends = [6 + seq - 1 for seq in range(3)]
-    for turn in range(8):
-        rows = woven((tokens(150, turn), ends[0], 0), (tokens(150, turn + 1), ends[2], 2))
-        error = cancelled(context, rows, lc.CancelToken(timeout=0.002 + 0.0007 * turn), on_cancel=on_cancel)
+    context = new_context(arch, n_ubatch=8, n_seq_max=4)
+    starts = {2: 0, 0: 30, 1: 20}
+    past = batch((tokens(30, 1), 0, 0), (tokens(20, 2), 0, 1), (tokens(10, 3), 0, 3))
+    rows = layout(*((tokens(40, 7 + seq), start, seq) for seq, start in starts.items()))
+    context.decode(past)
+    readings = _readings(context, rows)
+    done = []
+    for share in SHARES:
+        context.memory.clear()
+        context.decode(past)
+        with deadline_at(int(share * readings)):
+            error = cancelled(context, rows, far(), on_cancel=on_cancel)
         assert error is not None
-        assert sorted(error.sequences) == [0, 2]
-        assert error.survivors == []
         held = holds(context)
+        assert set(error.sequences) == {0, 1, 2}
+        assert error.survivors == []
         for seq, outcome in error.sequences.items():
-            assert outcome.start == ends[seq]
-            assert outcome.end == held[seq][1] + 1
             assert outcome.cancelled
+            assert outcome.start == starts[seq]
+            assert outcome.end == held[seq][1] + 1
             assert outcome.state == ("rolled_back" if on_cancel == "rollback" else "kept")
-        assert held[1][1] == 5
+        assert held[3][1] == 9
         assert error.rows_done == sum(outcome.end - outcome.start for outcome in error.sequences.values())
-        ends = [held[seq][1] + 1 for seq in range(3)]
-        context.decode(batch(([300], ends[0], 0), ([300], ends[2], 2)))
-        ends[0] += 1
-        ends[2] += 1
+        done.append(error.rows_done)
+    assert done == sorted(done)
+    assert (done[-1] > 0) == (on_cancel == "keep")
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
@@ -110,12 +193,28 @@ def test_a_completed_call_says_what_it_did(arch: str, new_context: NewContext) -
     assert result.survivors == [0, 1]
     for seq, end in ((0, 32), (1, 16)):
         assert result.sequences[seq] == lc.SequenceOutcome("completed", 0, end, False)
-    assert holds(context) == {0: (holds(context)[0][0], 31), 1: (holds(context)[1][0], 15)}
+        assert holds(context)[seq][1] == end - 1
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_shared_call_that_is_stopped_names_the_survivors(arch: str, new_context: NewContext) -> None:
-    context = new_context(arch, n_ubatch=8, n_seq_max=3)
+def test_a_shared_call_that_went_on_says_who_was_dropped_and_where(arch: str, pair: Pair) -> None:
+    context, alone = pair(arch)
+    rows = batch((tokens(20, 1), 0, 0), (tokens(30, 2), 0, 1))
+    result = context.decode(rows, {0: dead(), 1: lc.CancelToken()})
+    assert result.survivors == [1]
+    assert result.sequences[0] == lc.SequenceOutcome("rolled_back", 0, 0, True)
+    assert result.sequences[1] == lc.SequenceOutcome("completed", 0, 30, False)
+    assert result.rows_done == 30
+    assert holds(context)[0] == (-1, -1)
+    assert holds(context)[1][1] == 29
+    alone.decode(batch((tokens(30, 2), 0, 1)))
+    assert same_bits(context.logits(49), alone.logits(29))
+    with pytest.raises(IndexError):
+        context.logits(19)
+
+
+def test_a_shared_call_that_is_stopped_names_the_survivors(new_context: NewContext) -> None:
+    context = new_context("llama", n_ubatch=8, n_seq_max=3)
     rows = batch((tokens(20), 0, 0), (tokens(20), 0, 1), (tokens(20), 0, 2))
     living = lc.CancelToken()
     error = cancelled(context, rows, {0: dead(), 1: living, 2: dead()}, abort_when="majority")
@@ -126,16 +225,7 @@ def test_a_shared_call_that_is_stopped_names_the_survivors(arch: str, new_contex
     assert not living.cancelled
 
 
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_the_verdict_of_a_stopped_shared_call_is_that_of_the_first_cancel(arch: str, new_context: NewContext) -> None:
-    first, second = lc.CancelToken(), lc.CancelToken()
-    first.cancel("first", cause=lc.Cause.SHUTDOWN)
-    time.sleep(0.002)
-    second.cancel("second")
-    for tokens_of in ({0: first, 1: second}, {0: second, 1: first}):
-        error = cancelled(new_context(arch, n_seq_max=2), batch((tokens(9), 0, 0), (tokens(9), 0, 1)), tokens_of)
-        assert error is not None
-        assert (error.cause, error.reason) == (lc.Cause.SHUTDOWN, "first")
+# ---- exceptions ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -168,4 +258,4 @@ def test_a_wrong_argument_is_named(new_context: NewContext) -> None:
         context.decode(rows, {0: "now"})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="Batch"):
         context.decode([1, 2, 3])  # type: ignore[arg-type]
-    assert holds(context)[0] == (-1, -1)
+    assert decode(context, rows).shape[0] == 4

@@ -28,8 +28,10 @@ def _descendant(generations: int) -> lc.CancelToken:
 def test_a_token_changes_neither_the_bits_nor_how_a_call_is_cut_nor_what_is_saved(
     arch: str, new_context: NewContext
 ) -> None:
-    given: list[Any] = [None, lc.CancelToken(), lc.CancelToken(timeout=FAR), _descendant(200), {}, {0: lc.CancelToken()},
-                        {0: lc.CancelToken(timeout=FAR), 1: lc.CancelToken()}]  # fmt: skip
+    given: list[Any] = [
+        None, lc.CancelToken(), lc.CancelToken(timeout=FAR), _descendant(200), {}, {0: lc.CancelToken()},
+        {0: lc.CancelToken(timeout=FAR), 1: lc.CancelToken()},
+    ]  # fmt: skip
     for on_cancel in ("rollback", "keep"):
         seen = []
         for token in given:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
+import sys
+import textwrap
 from collections.abc import Callable
 
 import pytest
@@ -12,152 +12,251 @@ import pytest
 import llamacancel as lc
 from tests.conftest import GENERATIVE
 
-from .words import batch, cancelled, dead, decode, one_more, run_python, same_bits, threads, tokens
+from .clock import Clock, deadline_at
+from .words import (
+    ModelPath,
+    NewContext,
+    Pair,
+    batch,
+    cancelled,
+    dead,
+    decode,
+    far,
+    holds,
+    one_more,
+    run_python,
+    same_bits,
+    threads,
+    tokens,
+)
 
-NewContext = Callable[..., lc.Context]
+needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are those of POSIX")
 
-PREPARE = """
+_BEGIN = """
 import os, signal, sys, threading, time
 import llamacancel as lc
 from llamacancel.make_model import cached_model
+from tests.laws.clock import *
 from tests.laws.words import *
-arch = sys.argv[1]
-model = lc.Model.load(cached_model(arch, "tiny"))
-def make(**params):
-    context = model.context(**{"n_ctx": 4096, "n_batch": 4096, "n_ubatch": 8, "n_threads": 1, **params})
-    decode(context, batch((tokens(30), 0, 0)))
-    return context
-context, twin = make(), make()
-rows = batch((tokens(3000, 1), 30, 0), logits="last")
-def press_ctrl_c(after):
-    timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
-    timer.daemon = True
-    timer.start()
-    return timer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may have been told to ignore it
+rows = batch((tokens(100, 1), 30, 0), logits="last")
+
+def pair(arch):
+    model = lc.Model.load(cached_model(arch, "tiny"))
+    contexts = [model.context(n_ctx=1024, n_ubatch=8, n_threads=1) for _ in range(2)]
+    for context in contexts:
+        context.decode(batch((tokens(30), 0, 0)))
+    model.close()  # the contexts live on
+    return contexts
+
+def on_main(number):
+    signal.pthread_kill(threading.main_thread().ident, number)
+
+def signalled(number=signal.SIGINT, at=40):
+    # The clock jumps a second, so that it is time to look for signals.
+    return in_the_middle(lambda: on_main(number), at=at, jump_at=at, by=1)
+
+def check(context, twin):
+    assert holds(context) == holds(twin)
+    more = batch((tokens(9, 3), holds(twin)[0][1] + 1, 0))
+    assert same_bits(decode(context, more), decode(twin, more))
+    context.close(); twin.close()
 """
-CLOSE = """
-context.close(); twin.close(); model.close()
-print("fine")
+_END = """
+print("well")
 """
 
 
-def _runs(source: str, arch: str) -> None:
-    ran = run_python(PREPARE + source + CLOSE, args=[arch])
-    assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, "fine", "")
+def _well(program: str) -> None:
+    Clock()  # skips the test where there is none
+    ran = run_python(_BEGIN + textwrap.dedent(program) + _END)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "well\n", "")
 
 
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_ctrl_c_stops_a_decode_on_the_main_thread_and_leaves_the_context_usable(arch: str) -> None:
-    _runs("""
-before = holds(context)
-for token in (None, lc.CancelToken(), lc.CancelToken(timeout=1000), {0: lc.CancelToken()}):
-    timer = press_ctrl_c(0.05)
-    try:
-        context.decode(rows, token)
-        raise SystemExit("not interrupted")
-    except KeyboardInterrupt as error:
-        cause = error.__cause__
-        assert type(cause) is lc.DecodeCancelled, cause
-        assert cause.cause is lc.Cause.INTERRUPT
-        assert cause.sequences[0].state == "rolled_back" and cause.sequences[0].end == 30
-        assert cause.latency >= 0
-    timer.join()
-    assert holds(context) == before
-    if isinstance(token, lc.CancelToken):
-        assert not token.cancelled, "the token is the caller's"
-assert same_bits(decode(context, rows), decode(twin, rows))
-assert same_bits(one_more(context), one_more(twin))
-""", arch)
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_ctrl_c_keeps_what_was_done_if_asked_to(arch: str) -> None:
-    _runs("""
-press_ctrl_c(0.06)
-try:
-    context.decode(rows, on_cancel="keep")
-    raise SystemExit("not interrupted")
-except KeyboardInterrupt as error:
-    end = error.__cause__.sequences[0].end
-assert holds(context)[0][1] == end - 1
-context.decode(batch((tokens(3000, 1)[end - 30:], end, 0), logits="last"))
-twin.decode(rows)
-assert same_bits(context.logits(-1), twin.logits(-1))
-""", arch)
+@needs_posix
+def test_ctrl_c_stops_a_decode_on_the_main_thread_and_leaves_the_context_usable() -> None:
+    _well(f"""
+        for arch in {GENERATIVE}:
+            context, twin = pair(arch)
+            for token in (None, lc.CancelToken(), far(), {{0: lc.CancelToken()}}):
+                try:
+                    with signalled():
+                        context.decode(rows, token)
+                    raise SystemExit("the decode ran to its end")
+                except KeyboardInterrupt as error:
+                    cause = error.__cause__
+                assert type(cause) is lc.DecodeCancelled and cause.cause is lc.Cause.INTERRUPT, cause
+                assert (cause.sequences[0].state, cause.sequences[0].end) == ("rolled_back", 30)
+                assert cause.latency >= 0
+                assert not isinstance(token, lc.CancelToken) or not token.cancelled, "the token is the caller's"
+                assert holds(context) == holds(twin)
+            check(context, twin)
+    """)
 
 
-@pytest.mark.parametrize("arch", ["llama", "hybrid"])
-def test_a_signal_handler_of_ones_own_runs_in_the_middle_of_a_decode(arch: str) -> None:
-    _runs("""
-seen = []
-signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(time.monotonic()))
-timer = threading.Timer(0.03, os.kill, (os.getpid(), signal.SIGUSR1)); timer.start()
-context.decode(rows)
-end = time.monotonic()
-timer.join()
-assert len(seen) == 1 and seen[0] < end, "the handler ran after the call"
-twin.decode(rows)
-assert same_bits(context.logits(-1), twin.logits(-1))
-
-class Stop(Exception): pass
-def stop(number, frame): raise Stop("from a handler")
-signal.signal(signal.SIGUSR1, stop)
-context.memory.clear()
-timer = threading.Timer(0.03, os.kill, (os.getpid(), signal.SIGUSR1)); timer.start()
-try:
-    context.decode(batch((tokens(3000, 1), 0, 0), logits="last"))
-    raise SystemExit("not stopped")
-except Stop as error:
-    assert error.__cause__.cause is lc.Cause.INTERRUPT
-timer.join()
-assert holds(context)[0] == (-1, -1)
-
-signal.signal(signal.SIGINT, lambda number, frame: token.cancel("handled"))
-token = lc.CancelToken()
-press_ctrl_c(0.03)
-error = cancelled(context, batch((tokens(3000, 1), 0, 0)), token)
-assert error is not None and error.reason == "handled" and error.cause is lc.Cause.CLIENT
-""", arch)
+@needs_posix
+def test_ctrl_c_keeps_what_was_done_if_asked_to() -> None:
+    _well(f"""
+        for arch in {GENERATIVE}:
+            context, twin = pair(arch)
+            readings = readings_of(lambda: twin.decode(rows))
+            try:
+                with signalled(at=readings // 2):
+                    context.decode(rows, on_cancel="keep")
+                raise SystemExit("the decode ran to its end")
+            except KeyboardInterrupt as error:
+                end = error.__cause__.sequences[0].end
+            assert 30 < end < 130 and holds(context)[0][1] == end - 1
+            context.decode(batch((tokens(100, 1)[end - 30:], end, 0), logits="last"))
+            assert same_bits(context.logits(-1), twin.logits(-1))
+            check(context, twin)
+    """)
 
 
-@pytest.mark.parametrize("arch", ["llama", "mamba"])
-def test_ctrl_c_leaves_a_decode_in_a_worker_thread_alone(arch: str) -> None:
-    _runs("""
-results = []
-worker = threading.Thread(target=lambda: results.append(decode(context, rows)))
-worker.start()
-press_ctrl_c(0.03)
-try:
-    while worker.is_alive():  # not join(): interrupted, it would take the thread for ended
-        time.sleep(0.002)
-    raise SystemExit("no interrupt on the main thread")
-except KeyboardInterrupt:
-    pass
-worker.join()
-assert same_bits(results[0], decode(twin, rows))
-""", arch)
+@needs_posix
+def test_ctrl_c_while_the_main_thread_waits_does_not_reach_a_worker() -> None:
+    _well("""
+        context, twin = pair("llama")
+        token = lc.CancelToken()
+        expected = decode(twin, rows)
+        for wait in (lambda: flight.thread.join(), token.wait, lambda: token.wait(600), lambda: time.sleep(600)):
+            flight = Flight(lambda: decode(context, rows, far()))
+            def press():
+                time.sleep(0.05)  # by now it should wait
+                on_main(signal.SIGINT)
+            presser = threading.Thread(target=press)
+            try:
+                presser.start()
+                wait()
+                raise SystemExit("no KeyboardInterrupt")
+            except KeyboardInterrupt:
+                pass
+            presser.join()
+            assert flight.told is None and flight.clock.stopped
+            flight.clock.go_on()
+            wait_for(lambda: flight.told is not None)  # an interrupted join() may take the thread for ended
+            assert same_bits(flight.told, expected) and not token.cancelled
+            context.memory.clear()
+            context.decode(batch((tokens(30), 0, 0)))
+        decode(context, rows)
+        check(context, twin)
+    """)
 
 
+@needs_posix
 def test_ctrl_c_stops_a_load_and_the_wait_for_a_busy_context() -> None:
-    _runs("""
-worker = threading.Thread(target=context.decode, args=(rows,)); worker.start()
-time.sleep(0.02)
-press_ctrl_c(0.05)
-try:
-    context.decode(batch(([5], 3030, 0)), lc.CancelToken())
-    raise SystemExit("not interrupted")
-except KeyboardInterrupt:
-    pass
-worker.join()
-assert holds(context)[0][1] in (3029, 3030)
-def report(share):
-    signal.raise_signal(signal.SIGINT)
-try:
-    lc.Model.load(model.path, progress=report)
-    raise SystemExit("not interrupted")
-except KeyboardInterrupt:
-    pass
-""", "llama")
+    _well("""
+        context, twin = pair("llama")
+        with Flight(lambda: context.decode(rows, far())):
+            threading.Timer(0.05, on_main, (signal.SIGINT,)).start()
+            try:
+                context.decode(batch(([5], 130, 0)), lc.CancelToken())
+                raise SystemExit("not interrupted")
+            except KeyboardInterrupt:
+                pass
+        twin.decode(rows)
+        shares = []
+        def progress(share):
+            shares.append(share)
+            signal.raise_signal(signal.SIGINT)
+        try:
+            lc.Model.load(cached_model("llama", "tiny"), progress=progress)
+            raise SystemExit("not interrupted")
+        except KeyboardInterrupt:
+            pass
+        assert len(shares) < 5
+        check(context, twin)
+    """)
+
+
+# ---- other signals ---------------------------------------------------------------------------------------------
+
+
+@needs_posix
+def test_a_handler_of_ones_own_runs_in_the_middle_of_a_decode() -> None:
+    _well("""
+        for arch in ("llama", "hybrid"):
+            context, twin = pair(arch)
+            seen = []
+            def handler(number, frame):
+                try:
+                    context.memory.pos_max(0)
+                except lc.ContextBusyError:
+                    seen.append(number)
+            signal.signal(signal.SIGUSR1, handler)
+            with signalled(signal.SIGUSR1):
+                assert context.decode(rows).rows_done == 100
+            assert seen == [signal.SIGUSR1], "the handler ran after the call"
+            twin.decode(rows)
+            check(context, twin)
+    """)
+
+
+@needs_posix
+def test_what_a_handler_raises_comes_out_of_the_decode() -> None:
+    _well("""
+        class Hangup(Exception): pass
+        context, twin = pair("llama")
+        for kind, number in ((Hangup, signal.SIGUSR1), (TimeoutError, signal.SIGALRM)):
+            def handler(number, frame):
+                raise kind("rang")
+            signal.signal(number, handler)
+            try:
+                with signalled(number):
+                    context.decode(rows, lc.CancelToken())
+                raise SystemExit("nothing was raised")
+            except kind as error:
+                assert error.args == ("rang",) and error.__cause__.cause is lc.Cause.INTERRUPT
+            assert holds(context) == holds(twin)
+        check(context, twin)
+    """)
+
+
+@needs_posix
+def test_a_handler_may_cancel_the_token_of_the_decode() -> None:
+    _well("""
+        context, twin = pair("llama")
+        token = lc.CancelToken()
+        signal.signal(signal.SIGTERM, lambda number, frame: token.cancel("terminated", cause=lc.Cause.SHUTDOWN))
+        with signalled(signal.SIGTERM):
+            error = cancelled(context, rows, token)
+        assert (error.cause, error.reason) == (lc.Cause.SHUTDOWN, "terminated")
+        check(context, twin)
+    """)
+
+
+@needs_posix
+def test_a_storm_of_signals_does_no_harm() -> None:
+    _well(f"""
+        for arch in {GENERATIVE}:
+            context, twin = pair(arch)
+            busy = []
+            def handler(number, frame):
+                try:
+                    context.memory.pos_max(0)
+                except lc.ContextBusyError:
+                    busy.append(number)
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+            end = 30
+            while len(busy) < 20:
+                step = batch((tokens(100, end), end, 0), logits="last")
+                with Clock(step=0.1):  # so that it is always time to look for signals
+                    assert context.decode(step, lc.CancelToken()).rows_done == 100
+                twin.decode(step)
+                end += 100
+                if end > 900:
+                    context.memory.clear(); twin.memory.clear()
+                    end = 0
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            context.decode(batch(([7], end, 0)))
+            twin.decode(batch(([7], end, 0)))
+            check(context, twin)
+    """)
 
 
 def test_importing_the_library_prints_nothing_and_leaves_signals_alone() -> None:
@@ -170,10 +269,15 @@ assert before == [signal.getsignal(number) for number in signal.valid_signals()]
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_with_block_closes_also_after_a_cancel(arch: str, model_path: Callable[[str], object]) -> None:
-    with pytest.raises(lc.DecodeCancelled), lc.Model.load(model_path(arch)) as model, \
-            model.context(n_ctx=256, n_threads=1) as context:
+# ---- with, threads, asyncio ------------------------------------------------------------------------------------
+
+
+def test_a_with_block_closes_also_after_a_cancel(model_path: ModelPath) -> None:
+    with (
+        pytest.raises(lc.DecodeCancelled),
+        lc.Model.load(model_path("llama")) as model,
+        model.context(n_ctx=256, n_threads=1) as context,
+    ):
         context.decode(batch((tokens(8), 0, 0)), dead())
     assert model.closed
     assert context.closed
@@ -182,52 +286,71 @@ def test_a_with_block_closes_also_after_a_cancel(arch: str, model_path: Callable
 @pytest.mark.parametrize("arch", GENERATIVE)
 def test_contexts_of_one_model_work_in_several_threads_at_once(arch: str, new_context: NewContext) -> None:
     contexts = [new_context(arch, n_ubatch=8) for _ in range(4)]
-    rows = [batch((tokens(200, seed), 0, 0), logits="last") for seed in range(4)]
+    rows = [batch((tokens(60, seed), 0, 0), logits="last") for seed in range(4)]
     expected = [decode(new_context(arch, n_ubatch=8), each) for each in rows]
     results: dict[int, object] = {}
 
     def use(i: int) -> None:
         for _ in range(3):
-            token = lc.CancelToken(timeout=0.004) if i % 2 else None
-            if token is not None:
-                cancelled(contexts[i], rows[i], token)
             contexts[i].memory.clear()
+            if i % 2:
+                token = far()
+                with deadline_at(100):
+                    assert cancelled(contexts[i], rows[i], token) is not None
             results[i] = decode(contexts[i], rows[i])
-            contexts[i].memory.clear()
 
     with threads(*(lambda i=i: use(i) for i in range(4))):
         pass
     assert all(same_bits(results[i], expected[i]) for i in range(4))
 
 
+async def _decode(context: lc.Context, rows: lc.Batch, clock: Clock) -> lc.DecodeResult:
+    """A decode in a thread, stopped in its middle until its task is cancelled, and awaited to its end."""
+    token = far()
+    token.add_callback(clock.go_on)
+
+    def call() -> lc.DecodeResult:
+        with clock:
+            return context.decode(rows, token)
+
+    work = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        token.cancel("the task was cancelled")
+        await asyncio.wait([work])
+        assert isinstance(work.exception(), lc.DecodeCancelled)
+        raise
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
 @pytest.mark.parametrize("arch", GENERATIVE)
-def test_asyncio_can_stop_a_decode_in_a_thread_through_its_token(arch: str, new_context: NewContext) -> None:
-    context, twin = (new_context(arch, n_ubatch=8) for _ in range(2))
-    rows = batch((tokens(900), 0, 0), logits="last")
+def test_a_cancelled_task_and_one_that_timed_out_return_when_the_context_is_free(arch: str, pair: Pair) -> None:
+    context, twin = pair(arch)
+    rows = batch((tokens(60, 1), 30, 0), logits="last")
+    for each in (context, twin):
+        decode(each, batch((tokens(30), 0, 0)))
+    before = holds(context)
 
     async def main() -> None:
-        token = lc.CancelToken()
-        call = asyncio.ensure_future(asyncio.to_thread(context.decode, rows, token))
-        await asyncio.sleep(0.005)
-        token.cancel("the client hung up")
-        with pytest.raises(lc.DecodeCancelled, match="hung up"):
-            await call
-        await asyncio.to_thread(context.decode, rows)
+        for at in (1, 40, 200):
+            clock = Clock(stop_at=at)
+            task = asyncio.create_task(_decode(context, rows, clock))
+            await _until(lambda clock=clock: clock.stopped)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert holds(context) == before
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(_decode(context, rows, Clock(stop_at=at)), 0.02)
+            assert holds(context) == before
         with pytest.raises(TimeoutError):
-            await asyncio.to_thread(context.decode, batch((tokens(9), 900, 0)), lc.CancelToken(timeout=0))
+            await asyncio.to_thread(context.decode, rows, lc.CancelToken(timeout=0))
 
     asyncio.run(main())
-    twin.decode(rows)
-    assert same_bits(context.logits(-1), twin.logits(-1))
+    assert same_bits(decode(context, rows), decode(twin, rows))
     assert same_bits(one_more(context), one_more(twin))
-
-
-def test_a_token_wakes_those_who_wait_for_it_and_runs_callbacks_once() -> None:
-    token, seen = lc.CancelToken(), []
-    token.add_callback(lambda: seen.append(threading.get_ident()))
-    with threads(lambda: seen.append(token.wait(30))):
-        time.sleep(0.01)
-        token.cancel()
-    assert sorted(map(bool, seen)) == [True, True]
-    assert not token.cancel()
-    assert len(seen) == 2

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import llamacancel as lc
 from tests.conftest import GENERATIVE
 
+from .clock import Clock
 from .words import batch, close, decode, holds, one_more, outputs, same_bits, woven
 
 N_SEQ = 3
@@ -26,7 +27,8 @@ EXAMPLES = int(os.environ.get("LLAMACANCEL_EXAMPLES", "50"))
 
 seqs = st.integers(0, N_SEQ - 1)
 lengths = st.integers(1, 40)
-moments = st.one_of(st.none(), st.just(0.0), st.floats(0, 0.006))  # seconds until the cancel, if there is one
+moments = st.integers(0, 1200)  # the reading of the clock at which a deadline has passed; 0: before the start
+AHEAD = 100.0  # seconds by which each reading is ahead of the one before
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Decode:
     weave: bool
     on_cancel: str
     abort_when: str
-    whole: float | None  # when one token for all is cancelled
-    each: dict[int, float] = field(default_factory=dict)  # when tokens of single sequences are
+    whole: int | None  # when one token for all is cancelled
+    each: dict[int, int] = field(default_factory=dict)  # when tokens of single sequences are
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def decodes(shared: bool) -> st.SearchStrategy[Decode]:
         weave=st.booleans(),
         on_cancel=st.sampled_from(["rollback", "keep"]),
         abort_when=st.sampled_from(["all", "majority", "any"]),
-        whole=st.none() if shared else moments,
-        each=st.dictionaries(seqs, st.floats(0, 0.006), max_size=N_SEQ) if shared else st.just({}),
+        whole=st.none() if shared else st.one_of(st.none(), moments),
+        each=st.dictionaries(seqs, moments, max_size=N_SEQ) if shared else st.just({}),
     )
 
 
@@ -153,12 +155,13 @@ class Pair:
         rows = (woven if step.weave else batch)(*parts)
         token: Any = None
         if step.whole is not None:
-            token = lc.CancelToken(timeout=step.whole)
+            token = lc.CancelToken(timeout=step.whole * AHEAD)
         elif step.each:
-            token = {seq: lc.CancelToken(timeout=after) for seq, after in step.each.items()}
+            token = {seq: lc.CancelToken(timeout=moment * AHEAD) for seq, moment in step.each.items()}
         before = holds(self.context)
         try:
-            told = self.context.decode(rows, token, on_cancel=step.on_cancel, abort_when=step.abort_when)
+            with Clock(step=AHEAD):
+                told = self.context.decode(rows, token, on_cancel=step.on_cancel, abort_when=step.abort_when)
         except lc.DecodeCancelled as error:
             self.cancels += 1
             for seq, outcome in error.sequences.items():

@@ -1,15 +1,12 @@
-"""What the laws are told in: batches, what a context holds, bits, and a clock that stops at a chosen poll."""
+"""What the laws are told in: batches, what a context holds, bits, threads and programs."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 import llamacancel as lc
+
+from .clock import FAR, GENEROUS, Clock, deadline_at
 
 ROOT = Path(__file__).parents[2]
 
 NewContext = Callable[..., lc.Context]
 ModelPath = Callable[[str], Path]
+Pair = Callable[..., tuple[lc.Context, lc.Context]]
+Readings = Callable[..., int]
 Part = tuple[Any, int, Any]
 """Tokens, the position of the first one, and the sequence (or sequences that share them)."""
 
@@ -103,6 +103,20 @@ def cancelled(context: lc.Context, rows: lc.Batch, token: Any, **params: Any) ->
     return None
 
 
+def cancelled_at(context: lc.Context, rows: lc.Batch, reading: int, **params: Any) -> lc.DecodeCancelled:
+    """Decodes, and cancels at that reading of the clock by a deadline."""
+    token = far()
+    with deadline_at(max(reading, 1)):
+        error = cancelled(context, rows, token, **params)
+    assert isinstance(error, lc.DeadlineExceeded), f"not cancelled at reading {reading}"
+    return error
+
+
+def far() -> lc.CancelToken:
+    """A token with a deadline that does not come unless the clock jumps; a call under it reads the clock."""
+    return lc.CancelToken(timeout=FAR)
+
+
 def dead() -> lc.CancelToken:
     """A token that was cancelled long ago."""
     token = lc.CancelToken()
@@ -110,22 +124,14 @@ def dead() -> lc.CancelToken:
     return token
 
 
-@contextmanager
-def cancels_after(seconds: float) -> Iterator[lc.CancelToken]:
-    """A token that another thread cancels after a while."""
-    token = lc.CancelToken()
-    timer = threading.Timer(seconds, token.cancel)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield token
-    finally:
-        timer.cancel()
-        timer.join()
+def stale() -> list[lc.CancelToken]:
+    """Tokens that are over in every way that there is."""
+    return [dead(), dead().child(), lc.CancelToken.any_of(lc.CancelToken(), dead()), lc.CancelToken(timeout=0),
+            lc.CancelToken(timeout=0).child(timeout=FAR)]
 
 
 @contextmanager
-def threads(*functions: Callable[[], Any]) -> Iterator[list[threading.Thread]]:
+def threads(*functions: Callable[[], Any], most_seconds: float = GENEROUS) -> Iterator[list[threading.Thread]]:
     """Runs functions in threads of their own until they end; what one of them raised is raised again."""
     errors: list[BaseException] = []
 
@@ -142,13 +148,13 @@ def threads(*functions: Callable[[], Any]) -> Iterator[list[threading.Thread]]:
         yield started
     finally:
         for thread in started:
-            thread.join(120)
+            thread.join(most_seconds)
     assert not any(thread.is_alive() for thread in started), "a thread hangs"
     if errors:
         raise errors[0]
 
 
-def run_python(source: str, *, timeout: float = 60, env: dict[str, str] | None = None,
+def run_python(source: str, *, timeout: float = 2 * GENEROUS, env: dict[str, str] | None = None,
                args: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Runs a program in a process of its own; one that hangs is killed and fails the test."""
     return subprocess.run(
@@ -157,76 +163,20 @@ def run_python(source: str, *, timeout: float = 60, env: dict[str, str] | None =
     )
 
 
-# ---- a clock that jumps at a chosen poll --------------------------------------------------------------------
-#
-# A token with a deadline reads the clock at each poll. This library, loaded before all others, answers as the
-# system does until a thread has asked `k` times, and from then on that it is eleven days later: so a test can
-# cancel at the first poll, at the second, ... at every one that there is.
-
-_CLOCK = r"""
-#define _GNU_SOURCE
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
-static __thread long jump_at, asked;
-void clock_arm(long k) { asked = 0; jump_at = k; }
-long clock_disarm(void) { jump_at = 0; return asked; }
-int clock_gettime(clockid_t id, struct timespec * t) {
-    const int code = (int) syscall(SYS_clock_gettime, id, t);
-    if (id == CLOCK_MONOTONIC && jump_at && ++asked >= jump_at) t->tv_sec += 1000000;
-    return code;
-}
-"""
-NEVER = 2**60
-FAR = 500_000.0  # seconds: a timeout that only the jump can pass
-
-
-@functools.cache
-def clock_library() -> Path | None:
-    """The clock, compiled; None where there is no compiler or no LD_PRELOAD."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler or not sys.platform.startswith("linux"):
-        return None
-    folder = Path(tempfile.mkdtemp(prefix="llamacancel-clock-"))
-    (folder / "clock.c").write_text(_CLOCK)
-    built = subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", folder / "clock.so", folder / "clock.c"],
-                           capture_output=True)
-    return folder / "clock.so" if built.returncode == 0 else None
-
-
-class Clock:
-    """The clock in a process that was started with it."""
-
-    def __init__(self) -> None:
-        self._library = ctypes.CDLL(os.environ["LD_PRELOAD"])
-        self._library.clock_arm.argtypes = [ctypes.c_long]
-        self._library.clock_disarm.restype = ctypes.c_long
-
-    @contextmanager
-    def jumps_at(self, k: int) -> Iterator[None]:
-        """Within, this thread's clock jumps when it is read for the k-th time."""
-        self._library.clock_arm(k)
-        try:
-            yield
-        finally:
-            self.read = self._library.clock_disarm()
+# ---- the sweeps -------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def _sweeps_of(arch: str) -> tuple[dict[tuple[str, str], dict[str, Any]], str]:
-    library = clock_library()
-    if library is None:
-        return {}, ""
     ran = subprocess.run([sys.executable, "-X", "faulthandler", "-m", "tests.laws.every_poll", arch], cwd=ROOT,
-                         capture_output=True, text=True, env={**os.environ, "LD_PRELOAD": str(library)})
+                         capture_output=True, text=True)
     told = [json.loads(line) for line in ran.stdout.splitlines()]
     return {(each["kind"], each["name"]): each for each in told}, f"exit code {ran.returncode}: {ran.stderr[-4000:]}"
 
 
 def swept(arch: str, kind: str, name: str) -> dict[str, Any]:
     """What `every_poll.py` tells of a scenario. It runs once for an architecture."""
-    if clock_library() is None:
-        pytest.skip("needs a C compiler and LD_PRELOAD")
+    Clock()  # skips the test where there is none
     told, end = _sweeps_of(arch)
     assert (kind, name) in told, f"the sweep did not get there: {end}"
     return told[kind, name]

@@ -31,7 +31,7 @@ from llamacancel.make_model import cached_model, find_vocab
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ["llama", "mamba", "hybrid", "moe", "embedding", "swa"]
-HANG = 60.0  # seconds without a word from a process
+HANG = 240.0  # seconds without a word from a process
 MEMORY = 16 << 30  # address space of a process, so that a huge size in a file does not take the machine down
 
 # ---- GGUF files, read and written again with changes -------------------------------------------------------

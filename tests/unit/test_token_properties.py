@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
@@ -135,4 +135,6 @@ class TokenTrees(RuleBasedStateMachine):
 
 
 TestTokenTrees = TokenTrees.TestCase
-TestTokenTrees.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestTokenTrees.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
