@@ -15,6 +15,8 @@ from llamacancel.conformance.settings import Settings
 from . import virtual
 from .fakes import Server
 
+PREFILL = 0.7  # seconds of a long prompt's prefill
+
 
 def report_of(
     kind: type[Server],
@@ -26,11 +28,11 @@ def report_of(
 ) -> Report:
     """Run scenarios against a server of a kind; if it is `known` to be as fast as others, without measuring again."""
 
-    profile = _measured(kind.n_slots, changes.get("prefill", 1.0)) if known else None
+    profile = _measured(kind.n_slots, changes.get("prefill", PREFILL)) if known else None
 
     async def go() -> Report:
         async with kind().serving() as target:
-            settings = Settings(target, **{"prefill": 1.0, "rounds": 20, **changes})
+            settings = Settings(target, **{"prefill": PREFILL, "rounds": 20, **changes})
             fitted = profile and replace(profile, api=replace(profile.api, target=target))
             return await run_suite(settings, only=only, say=(said if said is not None else []).append, profile=fitted)
 
