@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
+from ._cancel import CancelToken
 from ._context import Context
 from ._model import Model
 from .batch import Batch
@@ -19,6 +20,7 @@ from .errors import (
     SequenceOutcome,
 )
 from .generation import Embedding, Generation
+from .outcome import DecodeResult
 from .scheduler import Clear, Copy, Cut, Fault, MemoryRules, Outcome, Plan, Rows, Sampled
 from .scheduler.plan import Action
 from .work import Work, ending_of
@@ -133,7 +135,7 @@ class Runner:
         tokens = {rows.slot: self.works[rows.request.id]._token for rows in planned}
         began = time.perf_counter()
         try:
-            result = self.context.decode(self._batch, tokens, on_cancel="keep", abort_when=plan.abort_when)
+            result = self._compute(self.context, self._batch, tokens, on_cancel="keep", abort_when=plan.abort_when)
         except DecodeCancelled as error:
             told, outcome.rows_done = error.sequences, error.rows_done
             outcome.aborted = bool(error.survivors)
@@ -146,6 +148,10 @@ class Runner:
             outcome.seconds = time.perf_counter() - began
             self.decode_seconds += outcome.seconds
         self._collect(planned, last_rows, told, outcome)
+
+    def _compute(self, context: Context, batch: Batch, tokens: dict[int, CancelToken], **how: Any) -> DecodeResult:
+        """The native call: all that this class does is around it."""
+        return context.decode(batch, tokens, **how)
 
     def _fill(self, planned: list[Rows]) -> list[int]:
         """Puts the rows into the batch; the index of the last row of each."""
@@ -217,7 +223,7 @@ class Runner:
         began = time.perf_counter()
         told: dict[int, Any]
         try:
-            told = context.decode(batch, tokens, abort_when=plan.abort_when).sequences
+            told = self._compute(context, batch, tokens, abort_when=plan.abort_when).sequences
         except DecodeCancelled as error:
             told = error.sequences
             outcome.aborted = bool(error.survivors)

@@ -9,6 +9,7 @@ import pytest
 
 import llamacancel as lc
 from tests.unit.engines import (
+    EXACT,
     GENERATIVE,
     Gate,
     answer,
@@ -365,8 +366,7 @@ def test_a_listener_that_raises_is_reported_and_the_engine_goes_on(monkeypatch: 
 def test_embeddings_are_those_that_each_text_has_alone(arch: str) -> None:
     texts = [ids(n, n) for n in (3, 30, 12, 1, 50)]
     pooling = None if arch == "embedding" else "mean"
-    with model(arch).context(**{**{"n_threads": 1, "type_k": "f32", "type_v": "f32", "flash_attn": False}, "n_ctx": 256},
-                             embeddings=True, pooling=pooling) as context:  # fmt: skip
+    with model(arch).context(**EXACT, embeddings=True, pooling=pooling) as context:
         expected = []
         for text in texts:
             batch = lc.Batch(64)

@@ -70,8 +70,8 @@ def usable_prefix(rules: MemoryRules, common: int, held: int, peak: int) -> int:
 def find_reuse(rules: MemoryRules, tokens: list[int], sequences: Iterable[Sequence], n_slots: int) -> Reuse | None:
     """The idle slot for a new request, and the longest prefix that it can take over.
 
-    The last token is always computed, since it gives the first output. A slot is taken over where it lies if
-    most of what it holds is of use; else the prefix is copied to the slot that was of no use for the longest.
+    The last token is always computed, since it gives the first output. The prefix is copied to the slot that was of no
+    use for the longest; but where all slots hold something, one most of which is of use is taken over as it lies.
 
     Args:
         rules: What the memory can do.
@@ -105,7 +105,8 @@ def find_reuse(rules: MemoryRules, tokens: list[int], sequences: Iterable[Sequen
     if source is None:
         return Reuse(oldest, None, 0, seen)
     if source in idle:
-        can_copy = rules.copy == "part" or (rules.copy == "whole" and best == source.held)
-        if 2 * best >= source.held or oldest is source or not can_copy:
+        lost = source.held - best
+        can_copy = rules.copy == "part" or (rules.copy == "whole" and not lost)
+        if not lost or not can_copy or oldest is source or (lost <= best and oldest.held):
             return Reuse(source, source, best, seen)
     return Reuse(oldest, source, best, seen)
