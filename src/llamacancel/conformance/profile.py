@@ -26,7 +26,7 @@ _OPTIONS: dict[str, Any] = {
     "ignore_eos": True,
     "cache_prompt": False,
 }
-_SHORT_WORDS = 24
+_SHORT_WORDS = 12
 _MOST_SLOTS = 32
 _MOST_WORDS = 100_000
 # Leaves room for the answer, and for neighbours where slots share one context.
