@@ -1,4 +1,4 @@
-"""The laws on a device that cannot be stopped inside a graph: it is handed its graphs in pieces, as GPUs are, with looks
+"""The laws on a device that cannot be stopped inside a graph: it is handed graphs in pieces, as GPUs are, with looks
 at the token between. The CPU stands in for it, and computes each piece to its end."""
 
 from __future__ import annotations
