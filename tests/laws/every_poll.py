@@ -65,8 +65,12 @@ class Scenario:
 
 
 def fill(context: lc.Context, rows: lc.Batch) -> None:
-    """Decodes; what comes out is of no interest."""
-    context.decode(rows)
+    """Decodes; of what comes out only the last row's logits are of interest, and they take most of the time."""
+    ids, positions = rows.tokens, rows.positions
+    quiet = lc.Batch(len(rows), n_seq_max=8)
+    for row in range(len(rows)):
+        quiet.add(ids[row], int(positions[row]), rows.seq_ids(row), row == len(rows) - 1)
+    context.decode(quiet)
 
 
 def _history(n: int, seq: int = 0, seed: int = 1) -> Callable[[lc.Context], None]:
