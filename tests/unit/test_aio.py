@@ -1,0 +1,427 @@
+"""The engine under asyncio and anyio: cancelling a task stops the native work, and it returns when the slot is free."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+
+import llamacancel as lc
+from llamacancel import aio
+from tests.unit.engines import EXACT, Gate, answer, before_step, endless, greedy, ids, model, same_answer
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(main(), 90)
+
+    asyncio.run(bounded())
+
+
+@contextlib.asynccontextmanager
+async def aengine(arch: str = "llama", **params: Any) -> AsyncIterator[aio.Engine]:
+    async with aio.Engine(model(arch), **{**EXACT, "slots": 2, **params}) as e:
+        yield e
+
+
+def idle(e: aio.Engine) -> int:
+    return sum(slot.state == "idle" for slot in e.snapshot().slots)
+
+
+async def reached(gate: Gate) -> None:
+    await asyncio.sleep(0)  # a task that was not begun cannot be cancelled in what it awaits
+    while not gate.reached.is_set():
+        await asyncio.sleep(0.001)
+
+
+async def finish(task: asyncio.Task[Any]) -> None:
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_a_generation_is_read_piece_by_piece() -> None:
+    async def main() -> None:
+        async with aengine() as e:
+            generation = e.submit(ids(20), max_tokens=10, sampler=greedy(), logprobs=2)
+            pieces = [piece async for piece in generation]
+            assert "".join(pieces) == generation.text
+            assert same_answer("llama", generation.generation, answer("llama", ids(20), 10))
+            assert generation.finish_reason == "length"
+            assert generation.finished
+            assert [piece async for piece in generation] == []
+            assert (await generation.result()).text == generation.text
+
+    run(main)
+
+
+def test_many_tasks_share_an_engine() -> None:
+    async def main() -> None:
+        async with aengine(slots=3) as e:
+
+            async def client(i: int) -> None:
+                generation = e.submit(ids(10 + i, i), max_tokens=8, sampler=greedy(), logprobs=2)
+                if i % 2:
+                    async for _ in generation:
+                        pass
+                else:
+                    await generation.result()
+                assert same_answer("llama", generation.generation, answer("llama", ids(10 + i, i), 8))
+
+            await asyncio.gather(*(client(i) for i in range(12)))
+
+    run(main)
+
+
+def test_an_embedding_is_awaited() -> None:
+    async def main() -> None:
+        async with aengine() as e:
+            vector = await e.embed(ids(10))
+            assert vector.dtype == np.float32
+            assert np.array_equal(vector, e.engine.embed(ids(10)).result(60))
+
+    run(main)
+
+
+def test_a_failed_generation_raises_where_it_is_awaited() -> None:
+    async def main() -> None:
+        async with aengine() as e:
+            nothing = {i: float("-inf") for i in range(model("llama").n_vocab)}
+            bad = lc.Sampler(temperature=0, grammar='root ::= "a"', logit_bias=nothing)
+            with pytest.raises(ValueError, match="left to choose"):
+                await e.submit(ids(5), sampler=bad).result()
+            with pytest.raises(lc.DeadlineExceeded):
+                async for _ in e.submit(ids(5), sampler=endless(), timeout=0.02):
+                    pass
+
+    run(main)
+
+
+READ: dict[str, Callable[[aio.Generation], Awaitable[Any]]] = {
+    "for": lambda generation: _read(generation),
+    "result": lambda generation: generation.result(),
+    "wait": lambda generation: generation.wait(),
+}
+
+
+async def _read(generation: aio.Generation) -> None:
+    async for _ in generation:
+        pass
+
+
+@pytest.mark.parametrize("how", READ)
+@pytest.mark.parametrize("arch", ["llama", "hybrid"])
+def test_a_task_cancelled_between_two_pieces_stops_the_work_and_ends_when_the_slot_is_free(arch: str, how: str) -> None:
+    async def main() -> None:
+        async with aengine(arch) as e:
+            other = e.submit(ids(20, 1), max_tokens=20, sampler=greedy(), logprobs=2)
+            generation = e.submit(ids(10), sampler=endless())
+            task = asyncio.ensure_future(READ[how](generation))
+            while len(generation.tokens) < 4:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            await finish(task)
+            assert (generation.state, generation.finish_reason) == ("finished", "cancelled")
+            assert generation.cause is lc.Cause.CLIENT
+            assert generation.id not in {slot.request_id for slot in e.snapshot().slots}
+            await other.result()
+            assert same_answer(arch, other.generation, answer(arch, ids(20, 1), 20))
+
+    run(main)
+
+
+@pytest.mark.parametrize("how", READ)
+def test_a_task_cancelled_in_the_queue_leaves_it_at_once(how: str) -> None:
+    async def main() -> None:
+        async with aengine(slots=1) as e:
+            with Gate(e.engine) as gate:
+                running = e.submit(ids(5), max_tokens=3)
+                await reached(gate)
+                generation = e.submit(ids(10))
+                task = asyncio.ensure_future(READ[how](generation))
+                await asyncio.sleep(0)
+                task.cancel()
+                await finish(task)  # while the engine's thread stands still
+                assert generation.finish_reason == "cancelled"
+                assert e.snapshot().queue == ()
+            await running.result()
+
+    run(main)
+
+
+@pytest.mark.parametrize("how", READ)
+def test_a_task_cancelled_in_a_silent_prompt_stops_it_and_ends_when_the_slot_is_free(how: str) -> None:
+    async def main() -> None:
+        async with aengine(slots=1, n_batch=64) as e:
+            with Gate(e.engine, at=3) as gate:
+                generation = e.submit(ids(900), max_tokens=2)
+                task = asyncio.ensure_future(READ[how](generation))
+                await reached(gate)
+                task.cancel()
+                await asyncio.sleep(0.01)
+                assert not task.done(), "the step still computes it"
+                assert generation.state == "prefill"
+            await finish(task)
+            assert generation.state == "finished"
+            assert generation.tokens == ()
+            assert 0 < generation.view().prompt_done < 900
+            assert idle(e) == 1
+
+    run(main)
+
+
+def test_an_embedding_whose_task_is_cancelled_is_dropped() -> None:
+    async def main() -> None:
+        async with aengine() as e:
+            with Gate(e.engine) as gate:
+                task = asyncio.ensure_future(e.embed(ids(10)))
+                await reached(gate)
+                task.cancel()
+            await finish(task)
+            assert e.snapshot().recent[-1].finish_reason == "cancelled"
+
+    run(main)
+
+
+def test_a_task_cancelled_several_times_still_waits_for_the_slot() -> None:
+    async def main() -> None:
+        async with aengine(slots=1) as e:
+            with Gate(e.engine) as gate:
+                generation = e.submit(ids(10))
+                task = asyncio.ensure_future(generation.result())
+                await reached(gate)
+                for _ in range(5):
+                    task.cancel()
+                    await asyncio.sleep(0.002)
+                assert not task.done()
+            await finish(task)
+            assert generation.state == "finished"
+
+    run(main)
+
+
+@pytest.mark.skipif(not hasattr(asyncio, "timeout"), reason="asyncio.timeout() came with Python 3.11")
+def test_a_timeout_block_stops_the_work() -> None:
+    async def main() -> None:
+        async with aengine() as e:
+            generation = e.submit(ids(10), sampler=endless())
+            with pytest.raises(TimeoutError):
+                await _within(asyncio.timeout(0.05), generation)
+            assert generation.finish_reason == "cancelled"
+            assert idle(e) == 2
+
+    run(main)
+
+
+async def _within(scope: contextlib.AbstractAsyncContextManager[Any], generation: aio.Generation) -> None:
+    async with scope:
+        await _read(generation)
+
+
+def test_wait_for_stops_the_work() -> None:
+    async def main() -> None:
+        async with aengine() as e:
+            generation = e.submit(ids(10), sampler=endless())
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(generation.result(), 0.05)
+            assert generation.state == "finished"
+
+    run(main)
+
+
+def test_a_failing_sibling_in_a_task_group_stops_the_work() -> None:
+    async def main() -> None:
+        async with aengine() as e:
+            generation = e.submit(ids(10), sampler=endless())
+
+            async def fails() -> None:
+                while len(generation.tokens) < 3:
+                    await anyio.sleep(0.001)
+                raise KeyError
+
+            failed = False
+            try:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(_read, generation)
+                    group.start_soon(fails)
+            except BaseException as error:  # an exception group, which Python 3.10 does not know
+                failed = isinstance(error.exceptions[0], KeyError)  # type: ignore[attr-defined]
+            assert failed
+            assert generation.finish_reason == "cancelled"
+            assert idle(e) == 2
+
+    run(main)
+
+
+@pytest.mark.parametrize("how", READ)
+def test_anyio_scopes_stop_the_work(how: str) -> None:
+    async def main() -> None:
+        async with aio.Engine(model("llama"), **EXACT, slots=2) as e:
+            generation = e.submit(ids(10), sampler=endless())
+            with anyio.move_on_after(0.05) as scope:
+                await READ[how](generation)
+            assert scope.cancelled_caught
+            assert generation.finish_reason == "cancelled"
+            assert idle(e) == 2
+            with pytest.raises(TimeoutError), anyio.fail_after(0.05):
+                await e.submit(ids(10), sampler=endless()).result()
+            assert idle(e) == 2
+
+    anyio.run(main, backend="asyncio")
+
+
+def test_an_anyio_scope_that_is_cancelled_does_not_spin_while_the_slot_gets_free() -> None:
+    turns = 0
+
+    async def main() -> None:
+        nonlocal turns
+        async with aio.Engine(model("llama"), **EXACT, slots=1) as e:
+            with Gate(e.engine) as gate:
+                generation = e.submit(ids(10))
+
+                async def client(scope: anyio.CancelScope) -> None:
+                    with scope:
+                        await generation.result()
+
+                scope = anyio.CancelScope()
+                task = asyncio.ensure_future(client(scope))
+                await reached(gate)
+                until = generation._waiting._until
+
+                async def counted(ready: Callable[[], bool]) -> None:
+                    nonlocal turns
+                    turns += 1
+                    await until(ready)
+
+                generation._waiting._until = counted  # type: ignore[method-assign]
+                scope.cancel()
+                await asyncio.sleep(0.05)
+                assert not task.done()
+            await task
+
+    asyncio.run(main())
+    assert turns == 1
+
+
+def test_news_that_come_faster_than_the_loop_turns_ring_once() -> None:
+    async def main() -> None:
+        async with aengine() as e:
+            generation = e.submit(ids(5), sampler=endless(), max_tokens=60)
+            loop, rings = asyncio.get_running_loop(), 0
+            call = loop.call_soon_threadsafe
+
+            def counted(fn: Callable[..., object], *args: Any, **how: Any) -> asyncio.Handle:
+                nonlocal rings
+                rings += 1
+                return call(fn, *args, **how)
+
+            loop.call_soon_threadsafe = counted  # type: ignore[method-assign, assignment]
+            task = asyncio.ensure_future(generation.result())
+            await asyncio.sleep(0)
+            assert e.engine.snapshot() is not None
+            generation.generation.wait(60)  # the loop stands still meanwhile
+            assert rings <= 1
+            assert len((await task).tokens) == 60
+
+    run(main)
+
+
+def test_thousands_of_waiting_tasks_take_no_threads() -> None:
+    async def main() -> None:
+        async with aengine(slots=1, queue_limit=3000) as e:
+            with Gate(e.engine) as gate:
+                tasks = [asyncio.ensure_future(e.submit(ids(2), timeout=1000).result()) for _ in range(2000)]
+                await reached(gate)
+                assert threading.active_count() < 10
+                for task in tasks[1:]:
+                    task.cancel()
+                await asyncio.gather(*tasks[1:], return_exceptions=True)
+                assert e.snapshot().queue == ()
+                assert all(task.cancelled() for task in tasks[1:])
+                tasks[0].cancel()
+            await finish(tasks[0])
+
+    run(main)
+
+
+def test_leaving_a_generation_by_aclosing_frees_its_slot() -> None:
+    async def main() -> None:
+        async with aengine() as e:
+            async with e.submit(ids(5), sampler=endless()) as generation:
+                async for _ in generation:
+                    break
+            assert generation.finish_reason == "cancelled"
+            assert idle(e) == 2
+            await generation.aclose()
+
+    run(main)
+
+
+def test_closing_drains_and_a_cancelled_close_drains_no_longer() -> None:
+    async def main() -> None:
+        e = aio.Engine(model("llama"), **EXACT)
+        generation = e.submit(ids(5), max_tokens=5)
+        await e.close()
+        assert generation.finish_reason == "length"
+        e = aio.Engine(model("llama"), **EXACT)
+        generation = e.submit(ids(5), sampler=endless())
+        before_step(e.engine, lambda number, plan: None)
+        task = asyncio.ensure_future(e.close(timeout=None))
+        while len(generation.tokens) < 2:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await finish(task)
+        assert generation.finish_reason == "shutdown"
+        assert e.engine._core.stopped
+        await e.close()
+
+    run(main)
+
+
+def test_an_engine_that_was_there_before_is_not_closed() -> None:
+    async def main() -> None:
+        with lc.Engine(model("llama"), **EXACT) as own:
+            async with aio.Engine(own) as e:
+                assert e.engine is own
+                await e.submit(ids(5), max_tokens=2).result()
+            assert not own.closed
+            with pytest.raises(TypeError, match="slots"):
+                aio.Engine(own, slots=2)
+
+    run(main)
+
+
+def test_a_full_queue_refuses_without_waiting() -> None:
+    async def main() -> None:
+        async with aengine(slots=1, queue_limit=1) as e:
+            with Gate(e.engine) as gate:
+                first = e.submit(ids(3), max_tokens=1)
+                await reached(gate)
+                second = e.submit(ids(3), max_tokens=1)
+                with pytest.raises(lc.QueueFullError):
+                    e.submit(ids(3))
+            await asyncio.gather(first.result(), second.result())
+
+    run(main)
+
+
+def test_a_generation_belongs_to_the_loop_that_waited_for_it_first() -> None:
+    with lc.Engine(model("llama"), **EXACT) as own:
+        e = aio.Engine(own)
+        generation = e.submit(ids(5), sampler=endless())
+
+        async def first() -> None:
+            await generation.__anext__()
+
+        async def second() -> None:
+            with pytest.raises(RuntimeError, match="another event loop"):
+                await generation.wait()
+
+        asyncio.run(first())
+        asyncio.run(second())
+        generation.cancel()
