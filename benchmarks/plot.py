@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-__all__ = ["draw"]
+__all__ = ["COLOURS", "draw", "draw_panels", "legend"]
 
 Results = dict[str, Any]
 
@@ -44,6 +45,17 @@ def draw(results: Results, out: Path) -> list[Path]:
         for draw_panel, section in ((_latency, "latency"), (_token_cost, "token_cost"), (_repair, "repair"))
         if results[section]
     ]
+    return draw_panels(results, panels, out)
+
+
+def draw_panels(results: Results, panels: Sequence[tuple[Callable[[Axes, Any], None], Any]], out: Path) -> list[Path]:
+    """Draw panels below each other, under a line that says what machine they are of.
+
+    Args:
+        results: Has the machine, the settings and whether it was quiet.
+        panels: Functions that draw on axes, and what they draw.
+        out: Folder for report.svg and report.png.
+    """
     if not panels:
         return []
     with plt.rc_context(STYLE):
@@ -87,7 +99,7 @@ def _latency(ax: Axes, cases: list[Results]) -> None:
     ax.set_title("How soon a cancel is honoured")
     ax.set_xlabel("milliseconds from cancel() to the return of the call, rollback included")
     ax.set_ylabel("% of cancels honoured by then")
-    _legend(ax, 2)
+    legend(ax, 2)
 
 
 def _token_cost(ax: Axes, rows: list[Results]) -> None:
@@ -115,7 +127,7 @@ def _token_cost(ax: Axes, rows: list[Results]) -> None:
     ax.grid(axis="y", visible=False)
     ax.set_title("What a token costs")
     ax.set_xlabel("% more time than the same decode without (median, and the range that holds it with 95 % certainty)")
-    _legend(ax, 2)
+    legend(ax, 2)
 
 
 def _repair(ax: Axes, rows: list[Results]) -> None:
@@ -140,8 +152,9 @@ def _repair(ax: Axes, rows: list[Results]) -> None:
     ax.grid(axis="x", visible=False)
     ax.set_title("What protection takes, for each kind of memory")
     ax.set_ylabel("microseconds")
-    _legend(ax, 3)
+    legend(ax, 3)
 
 
-def _legend(ax: Axes, columns: int) -> None:
+def legend(ax: Axes, columns: int) -> None:
+    """A legend below a panel."""
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, fontsize=9)

@@ -6,7 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["markdown", "targets", "verified", "write"]
+__all__ = [
+    "machine_section",
+    "markdown",
+    "milliseconds",
+    "ratio_text",
+    "rounded",
+    "table",
+    "targets",
+    "targets_section",
+    "verified",
+    "write",
+]
 
 Results = dict[str, Any]
 
@@ -83,13 +94,13 @@ def write(results: Results, out: Path) -> str:
     """Write report.md and report.json; returns the Markdown."""
     text = markdown(results)
     (out / "report.md").write_text(text, encoding="utf-8")
-    (out / "report.json").write_text(json.dumps(_short(results), indent=1) + "\n", encoding="utf-8")
+    (out / "report.json").write_text(json.dumps(rounded(results), indent=1) + "\n", encoding="utf-8")
     return text
 
 
 def markdown(results: Results) -> str:
     """The report in words and tables."""
-    parts = ["# What llamacancel costs, and how soon it stops", _machine(results)]
+    parts = ["# What llamacancel costs, and how soon it stops", machine_section(results)]
     if results["settings"]["quick"]:
         parts.append(
             "> **This was a run with `--quick`**: tiny models and a handful of samples. It shows that everything "
@@ -97,7 +108,7 @@ def markdown(results: Results) -> str:
         )
     if results["interrupted"]:
         parts.append("> **The run was stopped** before its end: what it had measured by then follows.")
-    parts.append(_targets(results))
+    parts.append(targets_section(results))
     if results["token_cost"]:
         parts.append(_token_cost(results["token_cost"]))
     if results["latency"]:
@@ -109,7 +120,8 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _machine(results: Results) -> str:
+def machine_section(results: Results) -> str:
+    """What it was measured on, and whether that was quiet."""
     machine, watch, settings = results["machine"], results["watch"], results["settings"]
     build = machine["build"] or {}
     lines = [
@@ -136,7 +148,8 @@ def _machine(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _targets(results: Results) -> str:
+def targets_section(results: Results) -> str:
+    """The targets that were compared, and how many were reached."""
     rows = []
     for target in results["targets"]:
         value, limit = (_value(target[key], target["unit"]) for key in ("measured", "limit"))
@@ -147,7 +160,7 @@ def _targets(results: Results) -> str:
     head = f"{len(rows) - missed} of {len(rows)} reached." if rows else "Nothing was measured that has a target."
     if not rows:
         return f"## Targets\n\n{head}"
-    return f"## Targets\n\n{head}\n\n" + _table(["What", "Measured", "Wanted", ""], rows)
+    return f"## Targets\n\n{head}\n\n" + table(["What", "Measured", "Wanted", ""], rows)
 
 
 def _token_cost(rows: list[Results]) -> str:
@@ -175,12 +188,12 @@ def _token_cost(rows: list[Results]) -> str:
                 f"{row['arch']} ({_words(row['memory_kind'])})",
                 f"{row['work']}, {row['rows']} rows",
                 f"{row['rows'] / row['seconds']['bare']:.0f}",
-                *(_ratio(row["ratios"][pair]) for pair in row["ratios"]),
+                *(ratio_text(row["ratios"][pair]) for pair in row["ratios"]),
                 str(rounds),
             ]
         )
     head = ["Model", "Work", "Tokens/s, bare", *(_words(pair) for pair in first["ratios"]), "Rounds"]
-    return f"{text}\n\n{_table(head, cells)}"
+    return f"{text}\n\n{table(head, cells)}"
 
 
 def _latency(cases: list[Results]) -> str:
@@ -199,24 +212,24 @@ def _latency(cases: list[Results]) -> str:
     cells = []
     for case in cases:
         spread, share = case["latency"], case["repair_share"]
-        times = [_ms(spread[key]) for key in ("median", "p90", "p99", "max")] if spread else ["-"] * 4
+        times = [milliseconds(spread[key]) for key in ("median", "p90", "p99", "max")] if spread else ["-"] * 4
         rollback = "-"
         if share:
-            rollback = f"{_ms(case['repair']['median'])} ({share['median']:.1%}, at most {share['max']:.1%})"
+            rollback = f"{milliseconds(case['repair']['median'])} ({share['median']:.1%}, at most {share['max']:.1%})"
         cells.append(
             [
                 case["about"],
                 str(case["n_ubatch"]),
                 f"{case['honoured']} + {case['too_late']} too late",
                 *times,
-                _ms(case["native_latency"]["p99"]) if case["native_latency"] else "-",
+                milliseconds(case["native_latency"]["p99"]) if case["native_latency"] else "-",
                 rollback,
                 f"{case['redone']} of which {case['wrong_bits']} wrong",
             ]
         )
     head = ["Model", "n_ubatch", "Cancels", "Median", "90 %", "99 %", "Worst", "99 % by the library's own clock",
             "Rollback (share)", "Done again, compared bit for bit"]  # fmt: skip
-    return f"{text}\n\n{_table(head, cells)}"
+    return f"{text}\n\n{table(head, cells)}"
 
 
 def _throughput(found: Results) -> str:
@@ -230,10 +243,10 @@ def _throughput(found: Results) -> str:
         "there is looked at after each node, as llama.cpp's abort callback does for a C program."
     )
     cells = [
-        [row["name"], str(row["n_ubatch"]), f"{row['tokens_per_second']:.1f}", _ratio(row["of_512"])]
+        [row["name"], str(row["n_ubatch"]), f"{row['tokens_per_second']:.1f}", ratio_text(row["of_512"])]
         for row in found["variants"]
     ]
-    return f"{text}\n\n{_table(['Cut', 'n_ubatch', 'Tokens/s', 'Share of n_ubatch=512'], cells)}"
+    return f"{text}\n\n{table(['Cut', 'n_ubatch', 'Tokens/s', 'Share of n_ubatch=512'], cells)}"
 
 
 def _repair(rows: list[Results]) -> str:
@@ -266,10 +279,11 @@ def _repair(rows: list[Results]) -> str:
         )
     head = ["Model", "Saved for one row", "Guard for one row, of the decode", f"Saved for {first['rows']} rows",
             "Repair, whole call, median", "worst", "Repair, one of two, median"]  # fmt: skip
-    return f"{text}\n\n{_table(head, cells)}"
+    return f"{text}\n\n{table(head, cells)}"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [head, ["-" * width for width in widths], *rows]
     padded = ((cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in lines)
@@ -280,7 +294,8 @@ def _words(text: str) -> str:
     return text.replace("_", " ").replace(" / ", " against ")
 
 
-def _ratio(ratio: Results) -> str:
+def ratio_text(ratio: Results) -> str:
+    """A ratio with the range that holds it."""
     return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
 
 
@@ -288,7 +303,8 @@ def _value(value: float, unit: str) -> str:
     return {"s": f"{value * 1e3:.1f} ms", "count": f"{value:.0f}", "share": f"{value:.1%}"}.get(unit, f"{value:.3f}")
 
 
-def _ms(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """A time in milliseconds."""
     return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-4 else f"{seconds * 1e3:.3f} ms"
 
 
@@ -310,12 +326,12 @@ def _p99(case: Results) -> float | None:
     return float(case["latency"]["p99"]) if case["latency"] else None
 
 
-def _short(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """The same with floats of six digits, which is more than anything here is worth."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {str(key): _short(item) for key, item in value.items()}
+        return {str(key): rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_short(item) for item in value]
+        return [rounded(item) for item in value]
     return value
