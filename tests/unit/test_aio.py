@@ -411,17 +411,17 @@ def test_a_full_queue_refuses_without_waiting() -> None:
 
 
 def test_a_generation_belongs_to_the_loop_that_waited_for_it_first() -> None:
-    with lc.Engine(model("llama"), **EXACT) as own:
-        e = aio.Engine(own)
-        generation = e.submit(ids(5), sampler=endless())
+    async def elsewhere(generation: aio.Generation) -> None:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await generation.wait()
 
-        async def first() -> None:
-            await generation.__anext__()
+    async def main() -> None:
+        async with aengine() as e:
+            with Gate(e.engine):
+                generation = e.submit(ids(5), max_tokens=2)
+                task = asyncio.ensure_future(generation.result())
+                await asyncio.sleep(0)
+                await asyncio.to_thread(asyncio.run, elsewhere(generation))
+            await task
 
-        async def second() -> None:
-            with pytest.raises(RuntimeError, match="another event loop"):
-                await generation.wait()
-
-        asyncio.run(first())
-        asyncio.run(second())
-        generation.cancel()
+    run(main)
