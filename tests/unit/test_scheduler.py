@@ -1,0 +1,422 @@
+"""The scheduler: who goes first, how steps are filled, what is kept and what has to go."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamacancel.errors import DecodeFailedError, MemoryFullError, QueueFullError
+from llamacancel.scheduler import (
+    Cells,
+    Copy,
+    Fault,
+    Limits,
+    MemoryRules,
+    Outcome,
+    Pace,
+    Plan,
+    Request,
+    Scheduler,
+    policy,
+)
+from llamacancel.scheduler.prefix import common_prefix
+from tests.unit.fake_runner import Chances, FakeRunner, answer, request
+
+ATTENTION = MemoryRules(cut=True, copy="part", cells=10_000)
+RECURRENT = MemoryRules(cut=False, copy="whole", checkpoints=4)
+
+
+class Bench:
+    """A scheduler with a fake runner, stepped by hand."""
+
+    def __init__(self, rules: MemoryRules = ATTENTION, chances: Chances | None = None, **limits: Any) -> None:
+        settings = {"slots": 2, "queue_limit": 100, "n_ctx": 5000, "n_batch": 2048, "n_ubatch": 32, **limits}
+        self.scheduler = Scheduler(Limits(**settings), rules)
+        self.runner = FakeRunner(rules, settings["n_batch"], random.Random(1), chances or Chances())
+        self.now = 0.0
+        self.step_seconds = 0.01
+
+    def submit(self, name: str, prompt: list[int], **attributes: Any) -> Request:
+        made = request(name, prompt, **attributes)
+        self.scheduler.submit(made, self.now)
+        return made
+
+    def step(self) -> Plan:
+        plan = self.scheduler.plan(self.now)
+        if plan:
+            outcome = self.runner.run(plan)
+            outcome.seconds = self.step_seconds
+            self.now += self.step_seconds
+            self.scheduler.commit(outcome, self.now)
+        return plan
+
+    def run(self, most: int = 5000) -> list[Plan]:
+        plans = []
+        while len(plans) < most:
+            plan = self.step()
+            if not plan:
+                return plans
+            plans.append(plan)
+        pytest.fail("it never ends")
+
+
+def prompt(n: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(1, 50), k=n)
+
+
+def rows_of(plan: Plan) -> dict[str, int]:
+    return {rows.request.id: rows.count for rows in plan.rows}
+
+
+def started(bench: Bench) -> list[str]:
+    return [each.id for each in bench.scheduler.active.values()]
+
+
+# ---- the line ----------------------------------------------------------------------------------------------------
+
+
+def test_requests_start_in_order_of_priority_and_then_of_arrival() -> None:
+    bench = Bench(slots=1, aging=1000.0)
+    order: list[str] = []
+    for name, priority in (("a", 0), ("low", -1), ("b", 0), ("high", 3)):
+        bench.submit(name, prompt(5), max_tokens=2, priority=priority)
+    while bench.step():
+        order += [name for name in started(bench) if name not in order]
+    assert order == ["high", "a", "b", "low"]
+
+
+def test_waiting_makes_up_for_priority() -> None:
+    bench = Bench(slots=1, aging=2.0)
+    bench.submit("running", prompt(5), max_tokens=2)
+    bench.step()
+    low = bench.submit("low", prompt(5), max_tokens=1, priority=-1)
+    bench.now += 3.0
+    high = bench.submit("high", prompt(5), max_tokens=1, priority=0)
+    bench.run()
+    assert low.finished_at is not None
+    assert high.finished_at is not None
+    assert low.finished_at < high.finished_at
+
+
+def test_a_low_priority_is_not_overtaken_for_ever() -> None:
+    bench = Bench(slots=1, aging=0.5)
+    low = bench.submit("low", prompt(5), max_tokens=1, priority=-4)
+    others: list[Request] = []
+    while low.state != "finished" and len(others) < 2000:
+        others.append(bench.submit(f"r{len(others)}", prompt(5), max_tokens=3))
+        bench.step()
+        bench.step()
+    assert low.state == "finished"
+    assert others[-1].submitted_at > 2.0
+    assert all(other.submitted_at < 2.0 for other in others if other.state == "finished"), (
+        "four levels of half a second"
+    )
+
+
+def test_a_full_queue_refuses_and_changes_nothing() -> None:
+    bench = Bench(slots=1, queue_limit=2)
+    for name in "abc":
+        bench.submit(name, prompt(5))
+    with pytest.raises(QueueFullError):
+        bench.submit("d", prompt(5))
+    assert list(bench.scheduler.queue) == ["a", "b", "c"]
+    bench.step()
+    with pytest.raises(QueueFullError):
+        bench.submit("d", prompt(5))
+    bench.scheduler.cancel("b", "cancelled", bench.now)
+    bench.submit("d", prompt(5))
+
+
+def test_a_flood_of_cancelled_requests_leaves_nothing_in_the_line() -> None:
+    bench = Bench(slots=1, queue_limit=10)
+    bench.submit("running", prompt(5))
+    bench.step()
+    for i in range(5000):
+        bench.submit(f"r{i}", prompt(3))
+        assert bench.scheduler.cancel(f"r{i}", "cancelled", bench.now)
+    assert len(bench.scheduler._line) < 200
+
+
+# ---- steps -------------------------------------------------------------------------------------------------------
+
+
+def test_every_running_generation_has_a_row_in_every_step() -> None:
+    bench = Bench(slots=4, n_batch=16)
+    running = [bench.submit(f"g{i}", prompt(3, i), max_tokens=60) for i in range(3)]
+    while any(each.state != "decode" for each in running):
+        bench.step()
+    bench.submit("long", prompt(400, 9), max_tokens=1)
+    plans = bench.run()
+    with_prompt = [rows_of(plan) for plan in plans if plan.n_prompt_rows]
+    assert len(with_prompt) >= 400 // 16
+    alive = [each.id for each in running if each.finish_reason != "stop"]
+    for rows in with_prompt[:20]:
+        assert sum(rows.values()) <= 16
+        assert all(rows.get(name) == 1 for name in alive)
+
+
+def test_a_prompt_beside_generations_gets_what_the_time_of_a_step_allows() -> None:
+    limits = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=64, step_seconds=0.1)
+    pace = Pace()
+    assert policy.prompt_budget(limits, pace, 2) == 62, "one ubatch, until it is known how long a row takes"
+    for _ in range(50):
+        pace.observe(0, 2, 0.02)
+        pace.observe(400, 2, 0.02 + 400 * 0.0002)
+    assert policy.prompt_budget(limits, pace, 2) == 6 * 64 - 2, "whole ubatches"
+    assert policy.prompt_budget(limits, pace, 0) == 2048, "alone, up to half a second"
+    for _ in range(100):
+        pace.observe(100, 0, 100 * 0.01)
+    assert policy.prompt_budget(limits, pace, 2) == 32, "slow as it is, it gets on"
+    assert policy.prompt_budget(limits, pace, 2048) == 0
+    whole = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=64, step_seconds=None)
+    assert policy.prompt_budget(whole, pace, 3) == 2045
+
+
+@given(st.integers(0, 300), st.lists(st.tuples(st.integers(1, 100), st.integers(1, 40)), max_size=6))
+def test_a_budget_is_shared_out_to_the_last_row_and_nobody_gets_more_than_it_can_use(
+    budget: int, wants: list[tuple[int, int]]
+) -> None:
+    given = policy.share(budget, wants)
+    assert all(0 <= rows <= want for rows, (want, _) in zip(given, wants, strict=True))
+    assert sum(given) == min(budget, sum(want for want, _ in wants))
+    for i, (want, turn) in enumerate(wants):
+        if given[i] < min(want, turn):
+            assert sum(given[i + 1 :]) == 0, "somebody behind was served first"
+
+
+def test_a_long_prompt_lets_short_ones_by_and_they_let_it_on() -> None:
+    bench = Bench(slots=4, n_batch=64, quantum=128, step_seconds=None)
+    long = bench.submit("long", prompt(4000), max_tokens=1)
+    bench.step()
+    waits = []
+    for i in range(12):
+        short = bench.submit(f"short{i}", prompt(20, i + 1), max_tokens=1)
+        before, begun = long.held, bench.runner.steps
+        while short.state != "finished":
+            bench.step()
+        waits.append(bench.runner.steps - begun)
+        assert long.held > before or long.state == "finished"
+    assert max(waits) <= 4, "it waits for what is left of a turn, not for 4,000 rows"
+
+
+def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
+    bench = Bench(slots=3, n_batch=32, quantum=64, step_seconds=None)
+    long = bench.submit("long", prompt(1500), max_tokens=1)
+    for i in range(2000):
+        while bench.scheduler.idle_slots - len(bench.scheduler.queue) > 0:
+            bench.submit(f"s{i}-{len(bench.scheduler.queue)}", prompt(60, i), max_tokens=1)
+        bench.step()
+        if long.state == "finished":
+            break
+    assert long.state == "finished"
+    assert bench.runner.steps < 3 * (1500 / 32) * 3
+
+
+def test_several_prompts_share_a_step() -> None:
+    bench = Bench(slots=3, n_batch=100, step_seconds=None)
+    for i in range(3):
+        bench.submit(f"p{i}", prompt(30, i), max_tokens=1)
+    assert rows_of(bench.step()) == {"p0": 30, "p1": 30, "p2": 30}
+
+
+def test_embeddings_and_generations_take_turns() -> None:
+    bench = Bench(slots=2, embed_rows=30, embed_sequences=2)
+    bench.submit("g", prompt(4), max_tokens=6)
+    for i in range(3):
+        bench.submit(f"e{i}", prompt(12, i), kind="embedding")
+    kinds = ["".join(sorted(each.id for each in plan.embed)) or "rows" for plan in bench.run()]
+    assert kinds[:4] == ["e0e1", "rows", "e2", "rows"]
+
+
+def test_a_short_step_goes_on_without_the_cancelled_and_a_long_one_stops_while_there_is_patience() -> None:
+    pace = Pace()
+    assert policy.abort_when(pace, 500, 3) == "all", "nothing is known yet"
+    pace.observe(100, 0, 0.1)
+    assert policy.abort_when(pace, 20, 3) == "all"
+    assert policy.abort_when(pace, 200, 3) == "any"
+    for _ in range(10):
+        pace.observe_stop(0.1)
+    assert policy.abort_when(pace, 200, 3) == "all", "the others have to get on"
+    for _ in range(100):
+        pace.observe(100, 0, 0.1)
+    assert policy.abort_when(pace, 200, 3) == "any"
+
+
+# ---- what is kept ------------------------------------------------------------------------------------------------
+
+
+def test_a_state_is_kept_before_the_last_token_and_where_others_branched_off() -> None:
+    bench = Bench(RECURRENT)
+    stem = prompt(100)
+    first, second, third = (stem + prompt(40, seed) for seed in (1, 2, 3))
+    copies: list[tuple[str, int]] = []
+    cached = []
+    for i, each in enumerate((first, second, third)):
+        made = bench.submit(f"r{i}", each, max_tokens=2)
+        for plan in bench.run():
+            copies += [(made.id, len(bench.runner.content(a.dst))) for a in plan.actions if isinstance(a, Copy)]
+        cached.append(made.cached_tokens)
+    assert cached == [0, 0, 100]
+    assert [held for seq in bench.scheduler.sequences[2:] if (held := seq.held)].count(100) == 1
+    assert [name for name, _ in copies] == ["r0", "r1", "r1", "r2", "r2"]
+
+
+def test_an_attention_memory_keeps_no_states() -> None:
+    bench = Bench(ATTENTION)
+    bench.submit("a", prompt(100), max_tokens=2)
+    plans = bench.run()
+    assert not any(plan.actions for plan in plans)
+    assert [plan.n_prompt_rows for plan in plans if plan.n_prompt_rows] == [32, 68]
+
+
+def test_idle_sequences_go_first_when_cells_are_short_and_the_oldest_of_them() -> None:
+    rules = MemoryRules(cut=True, copy="part", cells=100)
+    bench = Bench(rules, slots=4, n_ctx=100)
+    for i in range(3):
+        bench.submit(f"r{i}", prompt(30, i), max_tokens=1)
+        bench.run()
+    assert [seq.held for seq in bench.scheduler.sequences] == [30, 30, 30, 0]
+    bench.submit("again", prompt(30, 0), max_tokens=1)
+    bench.run()
+    bench.submit("more", prompt(35, 7), max_tokens=1)
+    bench.run()
+    held = [seq.tokens[: seq.held] for seq in bench.scheduler.sequences if seq.held]
+    assert prompt(30, 0) in held, "of use lately"
+    assert prompt(30, 1) not in held
+    assert bench.scheduler.cells.used == bench.runner.used <= 100
+
+
+def test_the_youngest_of_the_lowest_priority_makes_room_for_those_before_it() -> None:
+    rules = MemoryRules(cut=True, copy="part", cells=120)
+    bench = Bench(rules, slots=3, n_ctx=120)
+    made = [
+        bench.submit(name, prompt(20, i), max_tokens=60, priority=priority)
+        for i, (name, priority) in enumerate((("first", 0), ("high", 1), ("last", 0)))
+    ]
+    bench.run()
+    assert made[0].preemptions == 0 or made[2].preemptions > 0
+    assert made[1].preemptions == 0
+    for i, each in enumerate(made):
+        assert each.tokens[20:] == answer(prompt(20, i), 60, 120)
+
+
+def test_a_request_joins_only_where_it_finds_room() -> None:
+    rules = MemoryRules(cut=True, copy="part", cells=100)
+    bench = Bench(rules, slots=2, n_ctx=100, step_seconds=None)
+    big = bench.submit("big", prompt(70, 1), max_tokens=3)
+    bench.submit("other", prompt(70, 2), max_tokens=3)
+    assert rows_of(bench.step()) == {"big": 70}
+    assert len(bench.scheduler.active) == 1
+    bench.run()
+    assert big.preemptions == 0
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------
+
+
+def test_the_request_that_makes_steps_fail_is_found_and_the_others_finish() -> None:
+    bench = Bench(slots=4)
+    made = {name: bench.submit(name, prompt(20, i), max_tokens=8) for i, name in enumerate("abcd")}
+    bench.runner.poison = {"c"}
+    bench.run()
+    assert {name: each.finish_reason == "error" for name, each in made.items()} == {
+        "a": False, "b": False, "c": True, "d": False,
+    }  # fmt: skip
+    assert isinstance(made["c"].error, DecodeFailedError)
+    for i, name in enumerate("abd"):
+        assert made[name].tokens[20:] == answer(prompt(20, "abcd".index(name)), 8, 5000), i
+
+
+def test_a_poisoned_embedding_is_found_and_the_others_finish() -> None:
+    bench = Bench(slots=4, embed_rows=100, embed_sequences=4)
+    made = {name: bench.submit(name, prompt(20, i), kind="embedding") for i, name in enumerate("abcd")}
+    bench.runner.poison = {"b"}
+    bench.run()
+    assert {name: each.finish_reason for name, each in made.items()} == {
+        "a": "stop", "b": "error", "c": "stop", "d": "stop",
+    }  # fmt: skip
+
+
+def test_a_memory_that_says_it_is_full_runs_fewer_requests_until_one_leaves() -> None:
+    bench = Bench(slots=3)
+    made = [bench.submit(f"r{i}", prompt(10, i), max_tokens=8) for i in range(3)]
+    sizes = []
+    run = bench.runner.run
+
+    def full_with_two(plan: Plan) -> Outcome:
+        sizes.append(len(plan.rows))
+        if len(plan.rows) > 1:
+            run(Plan(actions=plan.actions))
+            return Outcome(fault=Fault.FULL, error=MemoryFullError("full"))
+        return run(plan)
+
+    bench.runner.run = full_with_two  # type: ignore[method-assign]
+    bench.run(200)
+    assert sizes.count(3) == 1
+    for i, each in enumerate(made):
+        assert each.tokens[10:] == answer(prompt(10, i), 8, 5000)
+
+
+def test_a_request_that_finds_no_room_alone_ends_with_that_error() -> None:
+    bench = Bench(slots=1)
+    made = bench.submit("a", prompt(10), max_tokens=8)
+    bench.scheduler.plan(0.0)
+    bench.scheduler.commit(Outcome(fault=Fault.FULL, error=MemoryFullError("full")), 0.1)
+    assert made.finish_reason == "error"
+    assert isinstance(made.error, MemoryFullError)
+    assert bench.scheduler.idle
+
+
+def test_what_a_broken_memory_has_lost_is_computed_again() -> None:
+    bench = Bench(RECURRENT, slots=2)
+    made = [bench.submit(f"r{i}", prompt(50, i), max_tokens=10) for i in range(2)]
+    while any(each.n_generated < 3 for each in made):
+        bench.step()
+    assert bench.scheduler.plan(bench.now)
+    bench.runner.cells.clear()
+    bench.scheduler.commit(Outcome(fault=Fault.BROKEN, error=DecodeFailedError("broken")), bench.now)
+    assert [each.held for each in made] == [0, 0]
+    assert all(seq.held == 0 for seq in bench.scheduler.sequences)
+    bench.run()
+    for i, each in enumerate(made):
+        assert each.tokens[50:] == answer(prompt(50, i), 10, 5000)
+
+
+# ---- cells and prefixes ------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4), st.integers(0, 4), st.integers(0, 12)), max_size=60))
+def test_cells_are_counted_as_if_each_were_looked_at(actions: list[tuple[int, int, int, int]]) -> None:
+    cells = Cells(1000)
+    held: dict[int, list[int]] = {seq: [] for seq in range(5)}
+    fresh = iter(range(10_000))
+    for kind, seq, other, n in actions:
+        if kind == 0:
+            cells.grow(seq, n)
+            held[seq] += [next(fresh) for _ in range(n)]
+        elif kind == 1:
+            cells.cut(seq, n)
+            del held[seq][n:]
+        elif seq != other:
+            cells.copy(seq, other, n)
+            held[other] = held[seq][:n]
+        assert cells.used == len({cell for each in held.values() for cell in each})
+        assert [cells.held(seq) for seq in range(5)] == [len(held[seq]) for seq in range(5)]
+        assert cells.used_by([0, 3]) == len({*held[0], *held[3]})
+        assert cells.free == 1000 - cells.used
+    for seq in held:
+        cells.cut(seq, 0)
+    assert cells.used == 0
+
+
+@given(st.lists(st.integers(0, 1), max_size=600), st.lists(st.integers(0, 1), max_size=600), st.integers(0, 700))
+def test_a_common_prefix_is_as_long_as_it_can_be(a: list[int], b: list[int], most: int) -> None:
+    n = common_prefix(a, a[: len(a) // 2] + b, most)
+    other = a[: len(a) // 2] + b
+    assert a[:n] == other[:n]
+    assert n <= most
+    assert n in (len(a), len(other), most) or a[n] != other[n]
