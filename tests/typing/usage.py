@@ -104,3 +104,62 @@ def errors(error: lc.DecodeCancelled, late: lc.DeadlineExceeded) -> None:
     state: ValueError = lc.StateError("")
     every: list[lc.LlamaCancelError] = [error, late, lc.LoadCancelled("", cause=lc.Cause.CLIENT), lc.ModelLoadError("")]
     print(timeout, bad, state, every)
+
+
+def engines(model: lc.Model, token: lc.CancelToken) -> None:
+    with lc.Engine(model, slots=2, queue_limit=8, step_seconds=None, pooling="mean", type_k="q8_0") as engine:
+        assert_type(engine, lc.Engine)
+        generation = engine.submit(
+            "text", max_tokens=4, sampler=lc.Sampler(), timeout=1, token=token, priority=1, stop="a", logprobs=2
+        )
+        assert_type(generation, lc.Generation)
+        engine.submit(np.zeros(3, np.int32), stop=["a", "b"], stop_tokens=[1, 2])
+        for piece in generation:
+            assert_type(piece, lc.Piece)
+            assert_type(piece.tokens, tuple[lc.TokenInfo, ...])
+            text: str = piece
+            print(text)
+        assert_type(generation.poll(), lc.Piece | None)
+        assert_type(generation.cancel("gone"), bool)
+        assert_type(generation.wait(1), bool)
+        assert_type(generation.cause, lc.Cause | None)
+        assert_type(generation.error, Exception | None)
+        assert_type(generation.cancel_latency, float | None)
+        assert_type(
+            generation.finish_reason,
+            Literal["stop", "length", "cancelled", "deadline", "shutdown", "error"] | None,
+        )
+        assert_type(generation.state, Literal["queued", "prefill", "decode", "finished"])
+        assert_type(generation.usage, lc.Usage)
+        assert_type(generation.result(timeout=1), lc.GenerationResult)
+        assert_type(generation.result().tokens[0].top, tuple[tuple[int, bytes, float], ...])
+        assert_type(engine.embed([1, 2]), lc.Embedding)
+        assert_type(engine.embed("text").result(), NDArray[np.float32])
+        assert_type(engine.snapshot(), lc.EngineSnapshot)
+        assert_type(engine.snapshot().slots[0], lc.SlotView)
+        assert_type(engine.snapshot().recent, tuple[lc.RequestView, ...])
+        assert_type(engine.cancel("id"), bool)
+        assert_type(engine.add_listener(lambda view: print(view.state)).remove(), bool)
+        with engine.submit("text") as entered:
+            assert_type(entered, lc.Generation)
+        engine.submit("text", stop=1)  # type: ignore[arg-type]
+        engine.submit("text", 4)  # type: ignore[call-arg]
+        generation.state = "finished"  # type: ignore[misc]
+        engine.close(drain=False, timeout=None)
+    lc.Engine(model, pooling="most")  # type: ignore[arg-type]
+
+
+async def async_engines(model: lc.Model, engine: lc.Engine) -> None:
+    async with lc.aio.Engine(model, slots=2) as made:
+        assert_type(made, lc.aio.Engine)
+        assert_type(made.engine, lc.Engine)
+        generation = made.submit("text", max_tokens=3)
+        assert_type(generation, lc.aio.Generation)
+        async for piece in generation:
+            assert_type(piece, lc.Piece)
+        assert_type(await generation.result(), lc.GenerationResult)
+        assert_type(await made.embed("text"), NDArray[np.float32])
+        assert_type(generation.generation, lc.Generation)
+        async with made.submit([1]) as entered:
+            assert_type(entered, lc.aio.Generation)
+    await lc.aio.Engine(engine).close(drain=False)

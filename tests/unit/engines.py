@@ -110,6 +110,18 @@ def before_step(engine: lc.Engine, fn: Callable[[int, Plan], object]) -> None:
     runner.run = hooked  # type: ignore[method-assign]
 
 
+def when_pieces(generation: lc.Generation, n: int, fn: Callable[[], object]) -> None:
+    """Calls `fn` on the engine's thread once the generation has `n` tokens."""
+    called = threading.Event()
+
+    def look() -> None:
+        if len(generation.tokens) >= n and not called.is_set():
+            called.set()
+            fn()
+
+    generation.add_notify(look)
+
+
 class Gate:
     """Holds the engine's thread before a step, until it is opened or its `with` statement ends."""
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-
 import pytest
 
 import llamacancel as lc
@@ -21,81 +18,6 @@ from tests.unit.engines import (
     ids,
     same_answer,
 )
-
-
-def when_pieces(generation: lc.Generation, n: int, fn: Callable[[], object]) -> None:
-    """Calls `fn` on the engine's thread once the generation has `n` tokens."""
-    called = threading.Event()
-
-    def look() -> None:
-        if len(generation.tokens) >= n and not called.is_set():
-            called.set()
-            fn()
-
-    generation.add_notify(look)
-
-
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_neighbour_says_what_it_says_alone_when_a_request_is_cancelled_between_two_tokens(arch: str) -> None:
-    prompt = ids(60, 1)
-    with engine(arch) as e:
-        other = e.submit(prompt, max_tokens=30, sampler=greedy(), logprobs=2)
-        victim = e.submit(ids(40, 2), sampler=endless(), logprobs=2)
-        when_pieces(victim, 8, lambda: victim.cancel("client hung up"))
-        assert victim.wait(60)
-        other.result(60)
-    assert same_answer(arch, other, answer(arch, prompt, 30))
-    assert victim.finish_reason == "cancelled"
-    assert victim.cause is lc.Cause.CLIENT
-    assert victim.reason == "client hung up"
-    assert victim.cancel_latency is not None
-    with pytest.raises(lc.DecodeCancelled, match="client hung up") as caught:
-        victim.result()
-    assert caught.value.cause is lc.Cause.CLIENT
-    assert caught.value.latency == victim.cancel_latency
-    assert len(victim.tokens) >= 8
-
-
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_neighbour_says_what_it_says_alone_when_a_request_is_cancelled_in_its_prompt(arch: str) -> None:
-    prompt = ids(60, 1)
-    with engine(arch, n_batch=64, n_ubatch=16) as e:
-        with Gate(e):
-            victim = e.submit(ids(600, 2), max_tokens=5)
-            other = e.submit(prompt, max_tokens=30, sampler=greedy(), logprobs=2)
-            before_step(e, lambda number, plan: victim.cancel() if number == 3 else None)
-        assert victim.wait(60)
-        assert 0 < victim.view().prompt_done < 600
-        assert victim.tokens == ()
-        other.result(60)
-    assert same_answer(arch, other, answer(arch, prompt, 30))
-
-
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_an_active_cancel_leaves_the_queued_request_and_a_queued_cancel_the_active_one(arch: str) -> None:
-    first, second = ids(50, 1), ids(70, 2)
-    with engine(arch, slots=1) as e:
-        with Gate(e, at=2) as gate:
-            active = e.submit(first, max_tokens=10, sampler=greedy(), logprobs=2)
-            queued = [e.submit(second, max_tokens=10, sampler=greedy(), logprobs=2) for _ in range(2)]
-            gate.wait()
-            assert queued[0].cancel("hung up in the queue")
-            assert queued[0].wait(0), "at once, whatever the engine computes"
-            assert queued[0].state == "finished"
-            assert e.snapshot().queue[0].id == queued[1].id
-        active.result(60)
-        queued[1].result(60)
-        assert same_answer(arch, active, answer(arch, first, 10))
-        assert same_answer(arch, queued[1], answer(arch, second, 10))
-        with Gate(e, at=2) as gate:
-            active = e.submit(first, max_tokens=10, sampler=greedy())
-            waiting = e.submit(second, max_tokens=10, sampler=greedy(), logprobs=2)
-            gate.wait()
-            assert active.cancel("hung up while active")
-        waiting.result(60)
-        assert same_answer(arch, waiting, answer(arch, second, 10))
-        assert active.finish_reason == "cancelled"
-        assert idle_slots(e) == 1
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
@@ -236,26 +158,3 @@ def test_a_long_step_is_stopped_for_a_cancel_and_run_again_without_it() -> None:
         assert victim.wait(60)
     assert same_answer("llama", other, answer("llama", prompt, 3))
     assert any(abort_when == "any" for abort_when, _ in plans)
-
-
-@pytest.mark.parametrize("arch", GENERATIVE)
-def test_random_cancels_change_no_survivors_answer_and_leave_every_slot_free(arch: str) -> None:
-    stem = ids(200, 99)
-    prompts = [stem[: 20 * (i % 7)] + ids(5 + 11 * (i % 5), i % 9) for i in range(40)]
-    with engine(arch, slots=4, queue_limit=100, n_batch=128, n_ubatch=32) as e:
-        generations = []
-        for i, prompt in enumerate(prompts):
-            generation = e.submit(prompt, max_tokens=4 + i % 13, sampler=greedy(), logprobs=2)
-            generations.append(generation)
-            if i % 3 == 0:
-                when_pieces(generation, i % 5, generation.cancel)
-            elif i % 7 == 0:
-                threading.Timer(0.003 * i, generation.cancel).start()
-        for i, generation in enumerate(generations):
-            assert generation.wait(120)
-            whole = generation.finish_reason in ("stop", "length")
-            assert whole or generation.finish_reason == "cancelled"
-            assert same_answer(arch, generation, answer(arch, prompts[i], 4 + i % 13), part=not whole), i
-        assert sum(g.finish_reason == "cancelled" for g in generations) >= 8
-        assert idle_slots(e) == 4
-        assert e.snapshot().active == ()
