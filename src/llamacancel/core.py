@@ -133,8 +133,12 @@ class Core:
             self.check_open()
             if request.id in self.works:
                 raise ValueError(f"there is an unfinished request {request.id!r}")
-            self.scheduler.submit(request, time.monotonic())
             self.works[request.id] = work
+            try:
+                self.scheduler.submit(request, time.monotonic())
+            except BaseException:
+                del self.works[request.id]
+                raise
             self._take_changes()
             self._wake.notify()
         this = weakref.ref(self)
@@ -227,20 +231,20 @@ class Core:
         changes = self.scheduler.changes
         if not changes:
             return
-        self.scheduler.changes = []
         now = time.monotonic()
-        for request in changes:
-            self._take_change(request, now)
+        while changes:  # taken out when it is dealt with: a Ctrl-C on the main thread may come anywhere
+            self._take_change(changes[0], now)
+            del changes[0]
 
     def _take_change(self, request: Request, now: float) -> None:
         work = self.works.get(request.id)
         if work is None or work._request is not request:
             return
         if request.state == "finished":
-            del self.works[request.id]
             work._end(now)
             view = work.view()
             self._recent.append(view)
+            del self.works[request.id]
         elif not self.listeners:
             return
         else:

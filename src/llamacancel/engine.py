@@ -103,13 +103,6 @@ class Engine:
         n_batch = max(integer("n_batch", n_batch, 1, _INT32), self._slots)
         self._generates = model.memory_kind != "none" and not model.has_encoder
         self._embeds = not (model.has_encoder and model.has_decoder)
-        params = {
-            "n_batch": n_batch,
-            "n_threads": n_threads,
-            "n_threads_batch": n_threads_batch,
-            "cancel_latency": cancel_latency,
-            **context_params,
-        }
         rules = rules_of(
             model,
             slots=self._slots,
@@ -117,6 +110,13 @@ class Engine:
             unified=context_params.get("kv_unified", True),
             swa_full=context_params.get("swa_full", False),
         )
+        params = {
+            "n_batch": max(n_batch, self._slots + rules.checkpoints),
+            "n_threads": n_threads,
+            "n_threads_batch": n_threads_batch,
+            "cancel_latency": cancel_latency,
+            **context_params,
+        }
         embed_rows = n_batch - n_batch % self._slots
         self._embed_most = min(embed_rows, model.n_ctx_train)
         make_context = functools.partial(

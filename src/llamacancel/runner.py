@@ -53,6 +53,23 @@ def rules_of(model: Model, *, slots: int, checkpoints: int | None, unified: bool
     )
 
 
+class _StepBatch(Batch):
+    """A batch that takes the single rows of many sequences in one call."""
+
+    def add_single_rows(self, tokens: list[int], positions: list[int], seq_ids: list[int]) -> None:
+        """Adds a row with an output for each of the sequences. The values are known to be good."""
+        assert self._token is not None
+        n = self._n
+        end = n + len(tokens)
+        first = int(self._seq_offset[n])
+        self._token[n:end] = tokens
+        self._pos[n:end] = positions
+        self._seq_id[first : first + len(tokens)] = seq_ids
+        self._seq_offset[n + 1 : end + 1] = range(first + 1, first + len(tokens) + 1)
+        self._output[n:end] = 1
+        self._n = end
+
+
 class Runner:
     """Runs plans in a context, and batches of embeddings in another one that is made when the first comes.
 
@@ -79,7 +96,7 @@ class Runner:
         if make_context is not None:
             self.context = make_context()
             self._memory = self.context.memory
-            self._batch = Batch(self.context.n_batch)
+            self._batch = _StepBatch(self.context.n_batch)
             self.n_ctx, self.n_batch, self.n_ubatch = (
                 self.context.n_ctx_seq,
                 self.context.n_batch,
@@ -157,14 +174,20 @@ class Runner:
         """Puts the rows into the batch; the index of the last row of each."""
         batch = self._batch
         batch.clear()
-        last = []
-        for rows in planned:
-            start, tokens = rows.start, rows.request.tokens
-            if rows.count == 1:
-                last.append(batch.add(tokens[start], start, rows.slot, rows.output))
-            else:
-                chunk = tokens[start : start + rows.count]
-                last.append(batch.add_sequence(chunk, start, rows.slot, "last" if rows.output else "none").stop - 1)
+        n = 0
+        while n < len(planned) and planned[n].count == 1 and planned[n].output:
+            n += 1
+        if n:
+            single = planned[:n]
+            batch.add_single_rows(
+                [rows.request.tokens[rows.start] for rows in single],
+                [rows.start for rows in single],
+                [rows.slot for rows in single],
+            )
+        last = list(range(n))
+        for rows in planned[n:]:
+            chunk = rows.request.tokens[rows.start : rows.start + rows.count]
+            last.append(batch.add_sequence(chunk, rows.start, rows.slot, "last" if rows.output else "none").stop - 1)
         return last
 
     def _failed(self, error: Exception, outcome: Outcome) -> None:

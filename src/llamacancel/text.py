@@ -40,6 +40,11 @@ class TextAssembler(Generic[T]):
         Returns:
             The text that became final, and the items that it completes, in order.
         """
+        if not self._stops and not self._waiting and data.isascii():  # nothing is held back, and nothing need be
+            text = data.decode("ascii")
+            self._taken += len(text)
+            self._given += len(text)
+            return text, [item]
         text = self._decoder.decode(data)
         before = self._taken
         self._taken = after = before + len(text)

@@ -68,7 +68,6 @@ class Work:
         self._cause: Cause | None = None
         self._reason = ""
         self._cancel_latency: float | None = None
-        self._last_slot: int | None = None
 
     # -- what it is and how it is
 
@@ -126,14 +125,12 @@ class Work:
     def view(self) -> RequestView:
         """A picture of this moment."""
         request = self._request
-        if request.slot is not None:
-            self._last_slot = request.slot
         return RequestView(
             id=request.id,
             kind=request.kind,
             state=request.state,
             priority=request.priority,
-            slot=self._last_slot,
+            slot=request.last_slot,
             prompt_tokens=request.n_prompt,
             prompt_done=min(request.held, request.n_prompt),
             cached_tokens=request.cached_tokens,

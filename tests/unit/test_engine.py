@@ -112,7 +112,7 @@ def test_the_snapshot_shows_slots_queue_and_the_last_requests() -> None:
             (waiting,) = shot.queue
             assert (waiting.id, waiting.state, waiting.priority, waiting.slot) == ("b", "queued", 2, None)
             assert waiting.started_at is None
-            assert [view.id for view in shot.recent] == ["y", "z"]
+            assert [(view.id, view.slot) for view in shot.recent] == [("y", 0), ("z", 0)]
             assert not shot.closing
         queued.result(60)
     assert e.snapshot().closing
@@ -304,6 +304,15 @@ def test_what_cannot_be_run_is_refused_when_it_is_submitted(
 def test_an_engine_that_cannot_be_is_refused(parameters: dict[str, object]) -> None:
     with pytest.raises((TypeError, ValueError)):
         engine(**parameters)
+
+
+@pytest.mark.parametrize("arch", ["llama", "hybrid"])
+def test_a_batch_smaller_than_the_number_of_sequences_is_made_large_enough(arch: str) -> None:
+    with engine(arch, slots=3, n_batch=1) as e:
+        generations = [e.submit(ids(20, i), max_tokens=4, sampler=greedy(), logprobs=2) for i in range(4)]
+        for i, generation in enumerate(generations):
+            generation.result(60)
+            assert same_answer(arch, generation, answer(arch, ids(20, i), 4))
 
 
 def test_two_unfinished_requests_do_not_share_a_name() -> None:

@@ -22,6 +22,7 @@ class Request:
         max_tokens: Most tokens to generate; None for no limit but the context's.
         priority: Higher goes first.
         n_prompt: Tokens of the prompt.
+        slot, last_slot: The slot that it runs in; the one that it ran in last.
         held: Tokens that the memory holds of it.
         cached_tokens: Tokens of the prompt that were there when it was first given a slot.
         place: Its place in the line for the next rows, as a time: earlier goes first.
@@ -40,6 +41,7 @@ class Request:
     n_prompt: int = 0
     state: RequestState = "queued"
     slot: int | None = None
+    last_slot: int | None = None
     held: int = 0
     cached_tokens: int = 0
     place: float = 0.0

@@ -285,7 +285,7 @@ class Scheduler:
         seq.request = request
         seq.tokens = request.tokens
         self.active[seq.id] = request
-        request.slot = seq.id
+        request.slot = request.last_slot = seq.id
         request.held = seq.held
         request.state = "prefill"
         request.place = policy.place_of(self.limits, request.priority, now)
