@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 import threading
 import time
-import types
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -75,7 +74,7 @@ class Core:
                     break
                 if self.closing and self.scheduler.idle:
                     return None
-                if self._news:
+                if self._news and not self._telling.locked():
                     break
                 self._wake.wait()
         self._tell()
@@ -270,13 +269,10 @@ class Core:
                 self._telling.release()
 
 
+_called_at_once = CancelToken()
+_called_at_once.cancel()
+
+
 def _call(fn: Callable[..., object], *args: object) -> None:
-    """Calls somebody else's function; what it raises goes to `sys.unraisablehook`, as a callback's does."""
-    try:
-        fn(*args)
-    except Exception as error:
-        sys.unraisablehook(
-            types.SimpleNamespace(
-                exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__, err_msg=None, object=fn
-            )
-        )
+    """Calls somebody else's function; what it raises goes to `sys.unraisablehook`, as with any callback of a token."""
+    _called_at_once.add_callback(functools.partial(fn, *args))

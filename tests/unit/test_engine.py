@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import numpy as np
@@ -360,7 +361,12 @@ def test_many_threads_submit_and_read_at_the_same_time() -> None:
 
 def test_a_listener_that_raises_is_reported_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     reported: list[object] = []
-    monkeypatch.setattr("sys.unraisablehook", lambda info: reported.append(info.exc_value))
+
+    def report(info: sys.UnraisableHookArgs) -> None:
+        reported.append(info.exc_value)
+        sys.__unraisablehook__(info)
+
+    monkeypatch.setattr("sys.unraisablehook", report)
     with engine() as e:
         e.add_listener(lambda view: 1 / 0)
         e.submit(ids(3), max_tokens=2).result(60)
