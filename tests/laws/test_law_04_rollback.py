@@ -36,6 +36,8 @@ from .words import (
 )
 
 EVERY_SCENARIO = [(arch, name) for arch in GENERATIVE for name, scenario in SCENARIOS.items() if arch in scenario.archs]
+pytestmark = pytest.mark.timeout(1800)  # on a slow and busy machine
+
 SHARES = (0.1, 0.5, 0.9)  # of a call
 
 

@@ -33,6 +33,8 @@ from .words import (
     woven,
 )
 
+pytestmark = pytest.mark.timeout(1800)  # on a slow and busy machine
+
 Layout = Callable[..., lc.Batch]
 
 CLOSE = 0.2  # of logits whose rows were cut in another way: a few are 0.07 apart behind a sliding window

@@ -152,8 +152,8 @@ def test_ctrl_c_stops_a_load_and_the_wait_for_a_busy_context() -> None:
     _well("""
         context, twin = pair("llama")
         with Flight(lambda: context.decode(rows, far())):
-            threading.Timer(0.05, on_main, (signal.SIGINT,)).start()
             try:
+                threading.Timer(0.05, on_main, (signal.SIGINT,)).start()
                 context.decode(batch(([5], 130, 0)), lc.CancelToken())
                 raise SystemExit("not interrupted")
             except KeyboardInterrupt:

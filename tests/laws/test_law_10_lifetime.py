@@ -36,6 +36,8 @@ from .words import (
     tokens,
 )
 
+pytestmark = pytest.mark.timeout(1800)  # on a slow and busy machine
+
 SMALL: dict[str, Any] = {"n_ctx": 256, "n_ubatch": 8, "n_threads": 1}
 
 

@@ -22,6 +22,8 @@ from tests.conftest import GENERATIVE
 from .clock import Clock
 from .words import batch, close, decode, holds, one_more, outputs, same_bits, woven
 
+pytestmark = pytest.mark.timeout(1800)  # on a slow and busy machine
+
 N_SEQ = 3
 EXAMPLES = int(os.environ.get("LLAMACANCEL_EXAMPLES", "50"))
 

@@ -271,8 +271,11 @@ def test_part_of_a_shared_cache_can_be_copied(model_of: LoadedModel, new_context
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
-def test_keeping_one_sequence_forgets_the_others(arch: str, model_of: LoadedModel, new_context: NewContext) -> None:
-    context = new_context(arch, n_seq_max=3)
+@pytest.mark.parametrize("kv_unified", [True, False])
+def test_keeping_one_sequence_forgets_the_others(
+    arch: str, kv_unified: bool, model_of: LoadedModel, new_context: NewContext
+) -> None:
+    context = new_context(arch, n_seq_max=3, kv_unified=kv_unified)
     for seq in range(3):
         context.decode(batch_of(prompt(model_of(arch), 5 + seq), seq_id=seq))
     context.memory.keep(1)

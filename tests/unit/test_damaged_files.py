@@ -29,6 +29,8 @@ import pytest
 
 from llamacancel.make_model import cached_model, find_vocab
 
+pytestmark = pytest.mark.timeout(1800)  # on a slow and busy machine
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ["llama", "mamba", "hybrid", "moe", "embedding", "swa"]
 HANG = 240.0  # seconds without a word from a process

@@ -34,7 +34,7 @@ model.close()
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program), str(cached_model("llama", "tiny"))]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 def test_without_logging_nothing_is_written() -> None:
