@@ -149,5 +149,13 @@ class Gate:
         self.open()
 
 
+def stalled(engine: lc.Engine, at: int = 5, **arguments: Any) -> lc.Generation:
+    """A generation that is sure to be unfinished when it is cancelled: the engine waits for that before step `at`."""
+    gate = Gate(engine, at)
+    generation = engine.submit(ids(10), sampler=endless(), **arguments)
+    generation._token.add_callback(gate.open)
+    return generation
+
+
 def idle_slots(engine: lc.Engine) -> int:
     return sum(slot.state == "idle" for slot in engine.snapshot().slots)

@@ -17,6 +17,7 @@ from tests.unit.engines import (
     idle_slots,
     ids,
     same_answer,
+    stalled,
 )
 
 
@@ -60,12 +61,11 @@ def test_a_request_cancelled_before_it_was_submitted_computes_nothing() -> None:
 
 def test_one_deadline_covers_queue_prompt_and_generation() -> None:
     with engine(slots=1) as e:
-        with Gate(e):
-            running = e.submit(ids(5), sampler=endless(), timeout=0.2)
-            queued = e.submit(ids(5), timeout=0.05)
-            assert queued.wait(60), "in the queue, while the engine computes"
-            assert queued.state == "finished"
+        running = stalled(e, timeout=1)
+        queued = e.submit(ids(5), timeout=0.05)
+        assert queued.wait(60)
         assert running.wait(60)
+        assert queued.view().started_at is None, "it ended in the queue"
         for generation in (running, queued):
             assert generation.finish_reason == "deadline"
             assert generation.cause is lc.Cause.DEADLINE
@@ -131,7 +131,7 @@ def test_a_late_cancel_changes_nothing() -> None:
 
 def test_leaving_a_with_statement_cancels_what_is_unfinished() -> None:
     with engine() as e:
-        with e.submit(ids(5), sampler=endless()) as generation:
+        with stalled(e) as generation:
             next(generation)
         assert generation.finish_reason == "cancelled"
         assert idle_slots(e) == 2

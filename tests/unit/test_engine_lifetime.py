@@ -14,7 +14,7 @@ import pytest
 
 import llamacancel as lc
 from llamacancel.make_model import cached_model
-from tests.unit.engines import Gate, answer, before_step, endless, engine, greedy, ids, model, same_answer
+from tests.unit.engines import Gate, answer, engine, greedy, ids, model, same_answer, stalled
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +40,7 @@ def test_closing_finishes_what_was_accepted_and_refuses_the_rest() -> None:
 
 def test_closing_without_draining_ends_all_with_shutdown() -> None:
     e = engine(slots=1)
-    running, queued = e.submit(ids(10), sampler=endless()), e.submit(ids(10))
+    running, queued = stalled(e), e.submit(ids(10))
     next(running)
     e.close(drain=False)
     for generation in (running, queued):
@@ -55,8 +55,7 @@ def test_closing_without_draining_ends_all_with_shutdown() -> None:
 
 def test_a_drain_that_takes_too_long_ends_the_rest_with_shutdown() -> None:
     e = engine(slots=1)
-    running = e.submit(ids(10), sampler=endless())
-    before_step(e, lambda number, plan: None)
+    running = stalled(e)
     e.close(timeout=0)
     assert running.finish_reason == "shutdown"
     e.close()
@@ -87,7 +86,7 @@ def test_a_listener_may_close_the_engine() -> None:
 def test_leaving_the_with_statement_by_an_exception_does_not_drain() -> None:
     try:
         with engine() as e:
-            generation = e.submit(ids(10), sampler=endless())
+            generation = stalled(e)
             raise KeyError
     except KeyError:
         pass
@@ -96,7 +95,7 @@ def test_leaving_the_with_statement_by_an_exception_does_not_drain() -> None:
 
 def test_an_engine_that_nobody_holds_is_collected_with_a_warning_and_its_thread_ends() -> None:
     e = engine()
-    generation = e.submit(ids(10), sampler=endless())
+    generation = stalled(e)
     next(generation)
     core, thread = e._core, e._core._thread
     gone = weakref.ref(e)
@@ -196,7 +195,11 @@ def test_ctrl_c_while_reading_stops_the_generation_and_the_engine_goes_on() -> N
         "with lc.Engine(model, n_threads=1) as engine:\n"
         "    for read in (lambda g: list(g), lambda g: g.result()):\n"
         "        generation = engine.submit([400], sampler=endless)\n"
-        "        generation.add_notify(lambda: len(generation.tokens) == 5 and os.kill(os.getpid(), signal.SIGINT))\n"
+        "        def interrupt():\n"
+        "            if len(generation.tokens) == 5 and not generation._token.cancelled:\n"
+        "                os.kill(os.getpid(), signal.SIGINT)\n"
+        "                generation._token.wait(30)\n"
+        "        generation.add_notify(interrupt)\n"
         "        try:\n"
         "            read(generation)\n"
         "        except KeyboardInterrupt:\n"

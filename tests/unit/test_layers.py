@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": {"__init__", "server", "aio", "engine", "make_model", *ENGINE},
     "conformance": {"conformance"},  # knows a server by its address alone
     "generate": {"__init__", "server", "aio", "engine", "make_model", *ENGINE},
-    "demo": {"__init__", "cli", "aio", "engine", "make_model", *ENGINE},
+    "demo": {"__init__", "demo", "server", "conformance", "aio", "engine", "make_model", *ENGINE},
     "cli": {"server", "conformance", "generate", "demo", "aio", "engine", "make_model", "__init__", *ENGINE},
     "__init__": {"aio", "engine", *ENGINE},
     "__main__": {"cli"},

@@ -220,5 +220,5 @@ def _end_of(request: Request) -> object:
 
 TestSchedules = Schedules.TestCase
 TestSchedules.settings = settings(
-    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -149,7 +149,7 @@ class Scheduler:
     def _finish(self, request: Request, reason: FinishReason, now: float, error: Exception | None = None) -> None:
         request.state = "finished"
         request.finish_reason = reason
-        request.error = error
+        request.error = error if reason == "error" else None
         request.finished_at = now
         self._crowded = False
         if self.queue.pop(request.id, None) is not None:
@@ -467,10 +467,13 @@ class Scheduler:
     def _fault(self, plan: Plan, outcome: Outcome, now: float) -> None:
         error = outcome.error or DecodeFailedError("the step failed")
         requests = [rows.request for rows in plan.rows] + plan.embed
-        if outcome.fault is Fault.FULL and plan.rows:
+        if outcome.fault is Fault.BROKEN:
+            pass  # by a step before, for which somebody has answered
+        elif outcome.fault is Fault.FULL and plan.rows:
             self._full(requests, error, now)
         elif len(requests) == 1:
-            self._finish(requests[0], requests[0].ending or "error", now, error)
+            if requests[0].ending is None:
+                self._finish(requests[0], "error", now, error)
         else:
             for request in requests:
                 request.suspect = True
@@ -487,7 +490,8 @@ class Scheduler:
                 pass
         elif len(self.active) == 1:
             for request in requests:
-                self._finish(request, request.ending or "error", now, error)
+                if request.ending is None:
+                    self._finish(request, "error", now, error)
         else:
             self._preempt(self._last_in_line(), now)
 
