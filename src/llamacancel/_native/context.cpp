@@ -269,6 +269,12 @@ std::string ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, l
 
 void ContextBox::keep(llama_seq_id seq) {
     memory_.memory->seq_keep(seq);
+    // With a cache for each sequence, llama.cpp looks at that of `seq` alone.
+    for (llama_seq_id other = 0; other < llama_seq_id(llama_n_seq_max(ctx_)); ++other) {
+        if (other != seq) {
+            memory_.memory->seq_rm(other, -1, -1);
+        }
+    }
     const bool dirty = dirty_.count(seq) != 0;
     dirty_.clear();
     if (dirty) {
