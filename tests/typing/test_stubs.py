@@ -111,8 +111,8 @@ def _shape(arguments: ast.arguments) -> list[tuple[str, str, str]]:
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
     named = zip(["positional"] * len(positional), positional, defaults, strict=True)
     keywords = zip(["keyword"] * len(arguments.kwonlyargs), arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    pairs = [*named, *keywords]
-    return [(kind, arg.arg, ast.unparse(default) if default else "") for kind, arg, default in pairs]
+    public = [pair for pair in (*named, *keywords) if not pair[1].arg.startswith("_")]
+    return [(kind, arg.arg, ast.unparse(default) if default else "") for kind, arg, default in public]
 
 
 @pytest.mark.parametrize("module", [_model, _context, _memory, _sampler], ids=lambda module: module.__name__)
