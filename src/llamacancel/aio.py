@@ -1,8 +1,8 @@
 """The engine for asyncio: `async for` over a generation, and cancelling a task stops the native work.
 
 A task that is cancelled while it waits here, in the queue, in a silent prompt or between two pieces, cancels its
-request, waits until the slot is free, and goes on its way with the `CancelledError`. So `asyncio.timeout()`, task groups
-and anyio's cancel scopes do what they say. Nothing here takes a thread for a request that waits.
+request, waits until the slot is free, and goes on its way with the `CancelledError`. So `asyncio.timeout()`, task
+groups and anyio's cancel scopes do what they say. Nothing here takes a thread for a request that waits.
 """
 
 from __future__ import annotations

@@ -386,6 +386,28 @@ def test_what_a_broken_memory_has_lost_is_computed_again() -> None:
         assert each.tokens[50:] == answer(prompt(50, i), 10, 5000)
 
 
+@pytest.mark.parametrize("fault", list(Fault))
+def test_a_request_cancelled_in_a_step_that_fails_ends_as_cancelled_and_without_an_error(fault: Fault) -> None:
+    bench = Bench(slots=1)
+    made = bench.submit("a", prompt(10), max_tokens=8)
+    assert bench.scheduler.plan(0.0)
+    assert bench.scheduler.cancel("a", "cancelled", 0.05)
+    bench.scheduler.commit(Outcome(fault=fault, error=DecodeFailedError("failed")), 0.1)
+    assert (made.finish_reason, made.error) == ("cancelled", None)
+    assert bench.scheduler.idle
+
+
+def test_nobody_is_blamed_for_a_memory_that_a_step_before_has_broken() -> None:
+    bench = Bench(slots=1)
+    made = bench.submit("a", prompt(10), max_tokens=8)
+    bench.step()
+    assert bench.scheduler.plan(bench.now)
+    bench.runner.cells.clear()
+    bench.scheduler.commit(Outcome(fault=Fault.BROKEN, error=DecodeFailedError("broken")), bench.now)
+    bench.run()
+    assert made.tokens[10:] == answer(prompt(10), 8, 5000)
+
+
 # ---- cells and prefixes ------------------------------------------------------------------------------------------
 
 
