@@ -9,26 +9,27 @@ import threading
 import llamacancel as lc
 
 
-def ask(engine: lc.Engine, name: str, prompt: str, token: lc.CancelToken) -> None:
+def ask(engine: lc.Engine, name: str, prompt: str, token: lc.CancelToken, told: dict[str, str]) -> None:
     """What a thread of yours does with an engine that it shares with others."""
     try:
         text = ""
         for piece in engine.submit(prompt, max_tokens=32, sampler=lc.Sampler(temperature=0), token=token, timeout=60):
             text += piece
-        print(f"{name}: {text!r}")
+        told[name] = f"{text!r}"
     except lc.QueueFullError:
-        print(f"{name}: too many are waiting")
+        told[name] = "too many are waiting"
     except lc.DeadlineExceeded:
-        print(f"{name}: it took too long")
+        told[name] = "it took too long"
     except lc.DecodeCancelled as error:
-        print(f"{name}: cancelled, {error.reason}, after {error.latency * 1e3:.1f} ms")
+        told[name] = f"cancelled, {error.reason}, after {error.latency * 1e3:.1f} ms"
 
 
 def main(path: str) -> None:
     with lc.Model.load(path) as model, lc.Engine(model, slots=2) as engine:
+        told: dict[str, str] = {}
         tokens = {name: lc.CancelToken() for name in ("Ada", "Bob", "Cyd")}
         threads = [
-            threading.Thread(target=ask, args=(engine, name, f"{name} writes: " + "once more, " * 200, token))
+            threading.Thread(target=ask, args=(engine, name, f"{name} writes: " + "once more, " * 200, token, told))
             for name, token in tokens.items()
         ]
         for thread in threads:
@@ -36,6 +37,8 @@ def main(path: str) -> None:
         tokens["Bob"].cancel("Bob has changed his mind")  # in the queue, in his prompt, or in his answer
         for thread in threads:
             thread.join()
+    for name, text in told.items():
+        print(f"{name}: {text}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from .call import Call
 
 __all__ = ["Played", "against_control", "how_compared", "see_active"]
 
-_REPEATS = 2
+_MORE_CONTROLS = 3
 
 
 @dataclass
@@ -51,23 +50,36 @@ async def against_control(bench: Bench, play: Callable[[bool], Awaitable[Played]
 
     Raises:
         Broken: A survivor noticed.
-        Unjudged: It would not have been answered without the hang-up either, or noticed once and never again.
+        Unjudged: It would not have been answered without the hang-up either.
         Missed: The situation did not come about.
     """
-    control = await _perform(bench, play, "control")
+    await bench.forget()
+    bench.act("control")
+    control = await play(False)
     if (said := control.first_shortfall()) is not None:
         raise Unjudged(f"already without any hang-up, {said}")
+    for call, reference in control.survivors:
+        bench.note_undisturbed(call.request, call.text, reference.text)
     exact = bench.repeats_alone and bench.repeats_beside and control.first_flaw() is None
 
-    disturbed = await _perform(bench, play, "hang-up")
+    await bench.forget()
+    bench.act("hang-up")
+    disturbed = await play(True)
     figures = {f"control: {name}": value for name, value in control.figures.items()} | disturbed.figures
     if (said := disturbed.first_shortfall()) is not None:
         raise Broken(said, **figures)
     if exact and (said := disturbed.first_flaw()) is not None:
-        ended = {
-            call.name: call for call in bench.acts[-1].calls if not any(call is kept for kept, _ in disturbed.survivors)
-        }
-        exact = await _blame(bench, play, said, ended, figures)
+        for _ in range(_MORE_CONTROLS):
+            await bench.forget()
+            bench.act("control again")
+            again = await play(False)
+            for call, _ in again.survivors:
+                bench.note_undisturbed(call.request, call.text)
+            if again.first_flaw() is not None:
+                exact = False
+                break
+        else:
+            raise Broken(f"{said} ({1 + _MORE_CONTROLS} performances without the hang-up did not)", **figures)
     await bench.afterwards()
     if not disturbed.survivors:
         return figures | {"compared": "no neighbour was active"}
@@ -75,56 +87,6 @@ async def against_control(bench: Bench, play: Callable[[bool], Awaitable[Played]
         bench.note_undisturbed(call.request, reference.text)
     same = sum(bench.as_undisturbed(call) for call, _ in disturbed.survivors)
     return figures | {"compared": how_compared(exact, same, len(disturbed.survivors))}
-
-
-async def _perform(bench: Bench, play: Callable[[bool], Awaitable[Played]], name: str) -> Played:
-    await bench.forget()
-    bench.act(name)
-    disturbed = name == "hang-up"
-    played = await play(disturbed)
-    if not disturbed:
-        for call, reference in played.survivors:
-            bench.note_undisturbed(call.request, call.text, reference.text)
-    return played
-
-
-async def _blame(
-    bench: Bench,
-    play: Callable[[bool], Awaitable[Played]],
-    said: str,
-    ended: dict[str, Call],
-    figures: dict[str, Any],
-) -> bool:
-    """Find out whether an answer that differs does so because of the hang-up.
-
-    The scenario is performed again and again in three ways: without the hang-up, with requests that come to their own
-    end where those that were hung up on came to theirs, and with the hang-up.
-
-    Returns:
-        False if an answer differs without a hang-up, too.
-
-    Raises:
-        Broken: It differs again with the hang-up, and never without.
-        Unjudged: It never differs again.
-    """
-    again = 0
-    for _ in range(_REPEATS):
-        for name, shortened in (("control again", {}), ("control that ends as early", ended)):
-            bench.shortened = shortened
-            try:
-                with contextlib.suppress(Missed):
-                    if (await _perform(bench, play, name)).first_flaw() is not None:
-                        return False
-            finally:
-                bench.shortened = {}
-        with contextlib.suppress(Missed):
-            again += (await _perform(bench, play, "hang-up")).first_flaw() is not None
-    counted = (
-        f"so in {1 + again} of {1 + _REPEATS} performances with the hang-up, in none of {1 + 2 * _REPEATS} without"
-    )
-    if not again:
-        raise Unjudged(f"{said}, but {counted}", **figures)
-    raise Broken(f"{said} ({counted})", **figures)
 
 
 def how_compared(exact: bool, same: int, survivors: int) -> str:
