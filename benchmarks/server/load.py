@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llamacancel.conformance.prompts import of_words
+
 from .ask import Answer, Asker, random_prompt
 
 __all__ = ["LoadJob", "run_load"]
@@ -27,6 +29,7 @@ class LoadJob:
         vocabulary: Range of token ids.
         end_tokens: Tokens that end an answer.
         patience: Seconds after which it is given up.
+        words: Prompts are text of so many words, for servers that take no tokens; None for tokens.
     """
 
     url: str
@@ -37,6 +40,7 @@ class LoadJob:
     vocabulary: tuple[int, int]
     end_tokens: Sequence[int]
     patience: float = 300.0
+    words: int | None = None
 
 
 async def run_load(job: LoadJob) -> dict[str, Any]:
@@ -47,7 +51,10 @@ async def run_load(job: LoadJob) -> dict[str, Any]:
         `requests`.
     """
     asker = Asker(job.url, job.end_tokens)
-    prompts = [random_prompt(seed, job.prompt_tokens, job.vocabulary) for seed, _ in job.requests]
+    prompts: list[list[int] | str] = [
+        of_words(job.words, str(seed)) if job.words else random_prompt(seed, job.prompt_tokens, job.vocabulary)
+        for seed, _ in job.requests
+    ]
     answers: list[Answer | None] = [None] * len(prompts)
     waiting = deque(range(len(prompts)))
     loop = asyncio.get_running_loop()

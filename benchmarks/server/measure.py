@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import llamacancel as lc
+from llamacancel.conformance.prompts import of_words
 
 from ..stats import distribution, median, paired_ratio
 from .engine import EngineJob
@@ -66,6 +67,7 @@ class Settings:
         sizes: How much.
         vocabulary: Range of token ids that prompts are made of.
         end_tokens: Tokens that end an answer.
+        words: Words that make a prompt of about that many tokens; None to send tokens.
     """
 
     model: Path
@@ -74,13 +76,16 @@ class Settings:
     sizes: Sizes
     vocabulary: tuple[int, int]
     end_tokens: tuple[int, ...]
+    words: int | None = None
 
     @classmethod
-    def of(cls, path: Path, threads: int, seed: int, sizes: Sizes) -> Settings:
-        """Look into the model for its vocabulary."""
+    def of(cls, path: Path, threads: int, seed: int, sizes: Sizes, *, text: bool = False) -> Settings:
+        """Look into the model for its vocabulary. `text`: prompts are sent as text."""
         with lc.Model.load(path) as model:
             ends = tuple(token for token in range(model.n_vocab) if model.is_eog(token))
-            return cls(path, threads, seed, sizes, (3, model.n_vocab), ends)
+            per_word = len(model.tokenize(of_words(500, seed))) / 500
+            words = int(sizes.prompt_tokens / per_word) if text else None
+            return cls(path, threads, seed, sizes, (3, model.n_vocab), ends, words)
 
 
 def say(text: str) -> None:
@@ -173,6 +178,7 @@ def _send(
         sizes.answer_tokens,
         settings.vocabulary,
         settings.end_tokens,
+        words=settings.words,
     )
     return do(job)
 

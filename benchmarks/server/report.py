@@ -118,9 +118,7 @@ def load_section(rows: list[Results]) -> str:
             cells.append(
                 [
                     f"{row['clients']} ({row['slots']} slots)",
-                    f"{of['hung_up']} of {of['answered'] + of['hung_up'] + of['failed']}"
-                    if row["hang_ups"]
-                    else "none",
+                    f"{of['hung_up']} of {asked}" if row["hang_ups"] else "none",
                     name,
                     f"{of['throughput_median']:.1f}",
                     milliseconds(ttft["median"]) if ttft else "-",

@@ -164,11 +164,51 @@ def test_an_answer_that_differs_by_chance_only_is_not_blamed_on_the_hang_up() ->
     assert result.figures["compared"].startswith("by length")
 
 
+def test_an_answer_that_depends_on_when_the_company_ends_is_not_blamed_on_the_hang_up() -> None:
+    class DependsOnEarlyEnds(fakes.Server):
+        """An answer changes when another request ends in its first half, hang-up or not."""
+
+        def free(self, job: fakes.Job) -> None:
+            super().free(job)
+            for other in self.others(job, "generation"):
+                if other.tokens < 0.5 * other.body["max_tokens"]:
+                    other.salt = "company"
+
+    result = result_of(DependsOnEarlyEnds, "prefill-hang-up-streaming")
+    assert result.outcome == PASSED
+    assert "undisturbed answers differ among themselves" in result.figures["compared"]
+
+
+def test_an_answer_that_differs_once_and_never_again_is_not_judged() -> None:
+    class Once(fakes.Server):
+        """The first hang-up changes the neighbour's answer, no later one does."""
+
+        def hung_up(self, job: fakes.Job) -> None:
+            for other in self.others(job, "generation") if self.hang_ups == 1 else []:
+                other.salt = "once"
+            super().hung_up(job)
+
+    result = result_of(Once, "prefill-hang-up-streaming")
+    assert result.outcome == UNJUDGED
+    assert "in 1 of 3 performances with the hang-up, in none of 5 without" in result.why
+
+
 def test_a_situation_that_was_missed_is_set_up_again_with_longer_work() -> None:
     said: list[str] = []
     report = report_of(fakes.SlowInCompany, ["prefill-hang-up-streaming"], said=said)
     assert report.results[0].outcome == PASSED
     assert any("once more with longer work" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["retry-answer", "slot-freed", "prefill-hang-up-streaming"])
+def test_a_server_that_became_faster_is_measured_again(name: str) -> None:
+    class Faster(fakes.Server):
+        """Three times as fast as it was when it was measured."""
+
+        word = fakes.WORD / 3
+
+    result = result_of(Faster, name, known=True)
+    assert (result.outcome, result.why) == (PASSED, "")
 
 
 def test_a_server_that_speaks_chat_only_is_asked_through_chat() -> None:

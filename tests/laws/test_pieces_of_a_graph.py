@@ -70,18 +70,20 @@ def test_what_was_completed_can_be_kept_and_gone_on_from(arch: str, new_context:
     counted = fresh()
     last = readings_of(lambda: counted.decode(rows, lc.CancelToken(timeout=FAR)))
     ends = set()
-    for k in np.linspace(1, last, 12):
+    for k in sorted({round(k) for k in np.linspace(1, last, 16)}):
         context = fresh()
-        with deadline_at(round(k)):
+        with deadline_at(k):
             error = cancelled(context, rows, lc.CancelToken(timeout=FAR), on_cancel="keep")
         if error is None:
             continue
         end = error.rows_done
         ends.add(end)
-        assert end % 64 == 0
+        assert end % 64 == 0 or end == len(rows)
         assert end == error.sequences[0].end == context.memory.pos_max(0) + 1
-        assert same_bits(decode(context, batch((ids[end:], end, 0))), wanted[end:])
-    assert ends >= {0, 64, 128}
+        if end < len(rows):
+            assert same_bits(decode(context, batch((ids[end:], end, 0))), wanted[end:])
+    assert 0 in ends
+    assert len(ends) > 2
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .answers import Answer, flaw, shortfall
@@ -65,6 +65,8 @@ class Bench:
         repeats_alone: Whether undisturbed answers to the same request were the same, one after another.
         repeats_beside: Whether they were the same beside each other, too.
         acts: The performances of the scenario that runs.
+        shortened: Calls that ended early, by name. A request under such a name is cut so that it comes to its own end
+            at about that time: the same company for the others, without a hang-up.
     """
 
     def __init__(self, settings: Settings, profile: Profile, say: Callable[[str], None]) -> None:
@@ -75,6 +77,7 @@ class Bench:
         self.repeats_alone = True
         self.repeats_beside = True
         self.acts: list[Act] = []
+        self.shortened: Mapping[str, Call] = {}
         self._seeds = itertools.count()
         self._undisturbed: dict[tuple[str, int], set[str]] = {}
         self._references: dict[tuple[str, int, bool], Answer] = {}
@@ -140,6 +143,8 @@ class Bench:
 
     def start(self, name: str, request: Request, *, queued: bool = False, receive_buffer: int | None = None) -> Call:
         """Send a request as a client of the current performance."""
+        if name in self.shortened:
+            request = self._cut(request, self.shortened[name])
         call = Call(self.profile.api, request, name, receive_buffer=receive_buffer)
         if not self.acts:
             self.act("")
@@ -147,6 +152,18 @@ class Bench:
         if queued:
             self.acts[-1].waiting.add(name)
         return call
+
+    def _cut(self, request: Request, early: Call) -> Request:
+        """Give a request as much work as another had done when it ended."""
+        end = early.hung_up if early.hung_up is not None else early.ended
+        done = end - early.sent if end is not None and early.sent is not None else 0.0
+        words = request.prompt.split()
+        prefill = len(words) / self.profile.words_per_second
+        if early.pieces or done > prefill:
+            tokens = len(early.pieces) or round((done - prefill) / self.profile.seconds_per_token)
+            return replace(request, max_tokens=min(max(tokens, 1), request.max_tokens))
+        kept = words[: max(round(len(words) * done / prefill), 1)]
+        return replace(request, prompt=" ".join(kept), max_tokens=1)
 
     async def ask(self, name: str, request: Request, expected: float) -> Call:
         """Send a request and wait for its end."""
@@ -212,12 +229,12 @@ class Bench:
 
     async def undisturbed(self) -> None:
         """See whether the server's answers are always the same when nobody hangs up: alone and beside each other."""
-        requests = [self.pooled(i) for i in range(min(self.slots, 4))]
+        requests = [self.pooled(i) for i in range(min(max(self.slots, 2), 4))]
         references = [await self.reference(request) for request in requests]
-        for _ in range(2):
+        for company in (2, len(requests)):
             await self.forget()
-            calls = [self.start(f"undisturbed {i}", request) for i, request in enumerate(requests)]
-            for call, reference in zip(calls, references, strict=True):
+            calls = [self.start(f"undisturbed {i}", request) for i, request in enumerate(requests[:company])]
+            for call, reference in zip(calls, references[:company], strict=True):
                 await call.until_end(self.patience(len(requests) * reference.seconds))
                 if (said := shortfall(call, reference)) is not None:
                     raise Unjudged(f"already undisturbed, {said}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from .call import Call
 
 __all__ = ["Played", "against_control", "how_compared", "see_active"]
 
-_MORE_CONTROLS = 3
+_REPEATS = 2
 
 
 @dataclass
@@ -50,36 +51,23 @@ async def against_control(bench: Bench, play: Callable[[bool], Awaitable[Played]
 
     Raises:
         Broken: A survivor noticed.
-        Unjudged: It would not have been answered without the hang-up either.
+        Unjudged: It would not have been answered without the hang-up either, or noticed once and never again.
         Missed: The situation did not come about.
     """
-    await bench.forget()
-    bench.act("control")
-    control = await play(False)
+    control = await _perform(bench, play, "control")
     if (said := control.first_shortfall()) is not None:
         raise Unjudged(f"already without any hang-up, {said}")
-    for call, reference in control.survivors:
-        bench.note_undisturbed(call.request, call.text, reference.text)
     exact = bench.repeats_alone and bench.repeats_beside and control.first_flaw() is None
 
-    await bench.forget()
-    bench.act("hang-up")
-    disturbed = await play(True)
+    disturbed = await _perform(bench, play, "hang-up")
     figures = {f"control: {name}": value for name, value in control.figures.items()} | disturbed.figures
     if (said := disturbed.first_shortfall()) is not None:
         raise Broken(said, **figures)
     if exact and (said := disturbed.first_flaw()) is not None:
-        for _ in range(_MORE_CONTROLS):
-            await bench.forget()
-            bench.act("control again")
-            again = await play(False)
-            for call, _ in again.survivors:
-                bench.note_undisturbed(call.request, call.text)
-            if again.first_flaw() is not None:
-                exact = False
-                break
-        else:
-            raise Broken(f"{said} ({1 + _MORE_CONTROLS} performances without the hang-up did not)", **figures)
+        ended = {
+            call.name: call for call in bench.acts[-1].calls if not any(call is kept for kept, _ in disturbed.survivors)
+        }
+        exact = await _blame(bench, play, said, ended, figures)
     await bench.afterwards()
     if not disturbed.survivors:
         return figures | {"compared": "no neighbour was active"}
@@ -87,6 +75,60 @@ async def against_control(bench: Bench, play: Callable[[bool], Awaitable[Played]
         bench.note_undisturbed(call.request, reference.text)
     same = sum(bench.as_undisturbed(call) for call, _ in disturbed.survivors)
     return figures | {"compared": how_compared(exact, same, len(disturbed.survivors))}
+
+
+async def _perform(bench: Bench, play: Callable[[bool], Awaitable[Played]], name: str) -> Played:
+    await bench.forget()
+    bench.act(name)
+    disturbed = name == "hang-up"
+    try:
+        played = await play(disturbed)
+    except Missed:
+        await bench.close()
+        raise
+    if not disturbed:
+        for call, reference in played.survivors:
+            bench.note_undisturbed(call.request, call.text, reference.text)
+    return played
+
+
+async def _blame(
+    bench: Bench,
+    play: Callable[[bool], Awaitable[Played]],
+    said: str,
+    ended: dict[str, Call],
+    figures: dict[str, Any],
+) -> bool:
+    """Find out whether an answer that differs does so because of the hang-up.
+
+    The scenario is performed again and again in three ways: without the hang-up, with requests that come to their own
+    end where those that were hung up on came to theirs, and with the hang-up.
+
+    Returns:
+        False if an answer differs without a hang-up, too.
+
+    Raises:
+        Broken: It differs again with the hang-up, and never without.
+        Unjudged: It never differs again.
+    """
+    again, with_it, without = 1, 1, 1
+    for _ in range(_REPEATS):
+        for name, shortened in (("control again", {}), ("control that ends as early", ended)):
+            bench.shortened = shortened
+            try:
+                with contextlib.suppress(Missed):
+                    if (await _perform(bench, play, name)).first_flaw() is not None:
+                        return False
+                    without += 1
+            finally:
+                bench.shortened = {}
+        with contextlib.suppress(Missed):
+            again += (await _perform(bench, play, "hang-up")).first_flaw() is not None
+            with_it += 1
+    counted = f"so in {again} of {with_it} performances with the hang-up, in none of {without} without"
+    if again == 1:
+        raise Unjudged(f"{said}, but {counted}", **figures)
+    raise Broken(f"{said} ({counted})", **figures)
 
 
 def how_compared(exact: bool, same: int, survivors: int) -> str:

@@ -16,7 +16,7 @@ from .prompts import asking_for_much
 from .settings import Settings
 from .wire import Exchange, ExchangeError, Target
 
-__all__ = ["Profile", "ServerUnreachable", "get", "measure"]
+__all__ = ["Profile", "ServerUnreachable", "get", "measure", "measure_again"]
 
 # Fields that make answers repeatable and long. Not every server takes every one.
 _OPTIONS: dict[str, Any] = {
@@ -119,15 +119,16 @@ async def get(target: Target, path: str, headers: dict[str, str], timeout: float
 class _Probe:
     """Asks a server one thing after another until its profile is known."""
 
-    def __init__(self, api: Api, settings: Settings, say: Callable[[str], None]) -> None:
+    def __init__(self, api: Api, settings: Settings, say: Callable[[str], None], seed: str = "") -> None:
         self.api = api
         self.settings = settings
         self.say = say
+        self._seed = f"{settings.seed} profile {seed}"
         self._seeds = itertools.count()
 
     async def ask(self, words: int, tokens: int, *, stream: bool = True) -> Call:
         """Send one fresh request and see it through."""
-        prompt = asking_for_much(words, f"{self.settings.seed} profile {next(self._seeds)}")
+        prompt = asking_for_much(words, f"{self._seed} {next(self._seeds)}")
         call = Call(self.api, Request(prompt, tokens, stream))
         await call.until_end(self.settings.longest)
         await call.close()
@@ -224,7 +225,7 @@ class _Probe:
         calls = [
             Call(
                 self.api,
-                Request(asking_for_much(_SHORT_WORDS, f"{self.settings.seed} slot {next(self._seeds)}"), tokens),
+                Request(asking_for_much(_SHORT_WORDS, f"{self._seed} slot {next(self._seeds)}"), tokens),
             )
             for _ in range(at_once)
         ]
@@ -305,4 +306,37 @@ async def measure(settings: Settings, say: Callable[[str], None]) -> Profile:
     say(f"{slots or 'unlimited'} slots, known by {known_by}")
     return Profile(
         probe.api, _SHORT_WORDS, times[len(times) // 2], words, seconds, limit, per_token, slots, known_by, hints
+    )
+
+
+async def measure_again(profile: Profile, settings: Settings, seed: str) -> Profile:
+    """Measure the speed once more, on a server that may have become faster or slower, and fit the long prompt to it.
+
+    Args:
+        profile: What was measured before; endpoint, limit and slots stay.
+        settings: What was asked for.
+        seed: Of prompts that the server has not seen.
+
+    Raises:
+        ServerUnreachable: There is no answer any more.
+    """
+    probe = _Probe(profile.api, settings, lambda line: None, seed)
+    took = await probe.time_prefill(profile.long_words)
+    words = profile.long_words
+    if took is not None:
+        words = int(words * min(max(settings.prefill / took, 0.25), 4))
+        if profile.word_limit is not None:
+            words = min(words, int(_SHARE_OF_LIMIT * profile.word_limit))
+        if abs(words - profile.long_words) > 0.1 * profile.long_words:
+            took = await probe.time_prefill(words)
+    if took is None:
+        return profile
+    per_token = await probe.find_generation(profile.word_limit)
+    short = await probe.time_prefill(profile.short_words)
+    return replace(
+        profile,
+        long_words=words,
+        long_ttft=took,
+        seconds_per_token=per_token,
+        short_ttft=profile.short_ttft if short is None else short,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .bench import Bench, Broken, Missed, Unjudged
-from .profile import Profile, measure
+from .profile import Profile, ServerUnreachable, measure, measure_again
 from .results import FAILED, PASSED, UNJUDGED, Report, Result, lanes_of
 from .scenario import Scenario
 from .scenarios import SCENARIOS
@@ -88,7 +89,10 @@ async def _run(bench: Bench, scenario: Scenario) -> Result:
         except Missed as missed:
             why = f"the situation was not reached in {attempt + 1} tries: {missed}"
             bench.say(f"{scenario.name}: missed, once more with longer work ({missed})")
+            await bench.close()
             bench.stretch *= 2
+            with contextlib.suppress(ServerUnreachable):
+                bench.profile = await measure_again(bench.profile, bench.settings, f"{scenario.name} {attempt}")
             continue
         except Broken as broken:
             outcome, why, figures = FAILED, str(broken), broken.figures

@@ -86,13 +86,13 @@ async def beside_a_prefill(bench: Bench) -> dict[str, Any]:
         await survivor.until_first_token(0.4 * bench.profile.long_ttft)
         if survivor.pieces or survivor.ended is not None:
             raise Missed("the survivor's prefill was over before the hang-up")
-        if victim.ended is not None:
-            raise Missed("the victim had finished before it could hang up")
         if disturbed:
+            if victim.ended is not None:
+                raise Missed("the victim had finished before it could hang up")
             victim.hang_up()
         await survivor.until_end(bench.patience(work))
         await victim.until_end(bench.patience(work))
-        if not disturbed:
+        if not disturbed and not bench.shortened:
             _was_active_beside(survivor, victim)
         await bench.forget()
         return Played([(survivor, await bench.alone(request))])

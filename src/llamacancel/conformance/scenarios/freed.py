@@ -57,7 +57,7 @@ async def slot_freed(bench: Bench) -> dict[str, Any]:
         "next client alone (s)": bench.profile.short_ttft,
     }
     if left < 0.25 * prefill:
-        raise Unjudged("the next client does not have to wait for the prefill's end", **figures)
+        raise Missed("the next client did not have to wait for the prefill's end")
     with_it = await waited(True)
     share = max(0.0, with_it - bench.profile.short_ttft) / left
     figures |= {"next client after the hang-up (s)": with_it, "share of the rest waited": share}
