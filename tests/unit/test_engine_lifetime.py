@@ -19,8 +19,11 @@ from tests.unit.engines import Gate, answer, engine, greedy, ids, model, same_an
 ROOT = Path(__file__).parents[2]
 
 
-def engine_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "llamacancel-engine"]
+def thread_of(e: lc.Engine) -> threading.Thread:
+    """The engine's own thread."""
+    thread = e._core._thread
+    assert thread.name == "llamacancel-engine"
+    return thread
 
 
 def test_closing_finishes_what_was_accepted_and_refuses_the_rest() -> None:
@@ -35,7 +38,7 @@ def test_closing_finishes_what_was_accepted_and_refuses_the_rest() -> None:
     with pytest.raises(lc.ClosedError):
         e.embed(ids(3))
     assert e._core.runner.context.closed
-    assert engine_threads() == []
+    assert not thread_of(e).is_alive()
 
 
 def test_closing_without_draining_ends_all_with_shutdown() -> None:
@@ -50,7 +53,7 @@ def test_closing_without_draining_ends_all_with_shutdown() -> None:
             generation.result()
         assert caught.value.cause is lc.Cause.SHUTDOWN
     assert running.text
-    assert engine_threads() == []
+    assert not thread_of(e).is_alive()
 
 
 def test_a_drain_that_takes_too_long_ends_the_rest_with_shutdown() -> None:
@@ -72,7 +75,7 @@ def test_several_threads_close_at_the_same_time() -> None:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     assert generation.finish_reason in ("length", "stop", "shutdown")
-    assert engine_threads() == []
+    assert not thread_of(e).is_alive()
 
 
 def test_a_listener_may_close_the_engine() -> None:
@@ -97,7 +100,7 @@ def test_an_engine_that_nobody_holds_is_collected_with_a_warning_and_its_thread_
     e = engine()
     generation = stalled(e)
     next(generation)
-    core, thread = e._core, e._core._thread
+    core, thread = e._core, thread_of(e)
     gone = weakref.ref(e)
     held = [e]
     del e
