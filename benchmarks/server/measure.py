@@ -53,7 +53,7 @@ class Sizes:
     @classmethod
     def quick(cls) -> Sizes:
         """A few requests of each kind."""
-        return cls(1, {1: 1, 4: 6, 16: 16}, {1: 4, 4: 4, 16: 16}, 24, 8, 1, 256, 1)
+        return cls(1, {1: 1, 4: 6, 16: 16}, {1: 4, 4: 4, 16: 16}, 24, 8, 1, 128, 1)
 
 
 @dataclass(frozen=True)

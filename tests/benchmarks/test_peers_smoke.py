@@ -1,0 +1,93 @@
+"""The benchmark of the peers runs from end to end with llamacancel alone. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for module in ("matplotlib", "fastapi", "uvicorn", "h11", "gguf"):
+    pytest.importorskip(module, reason="the benchmark needs it")
+
+from benchmarks.peers.venvs import PEERS, NotInstalled, Peer, bring
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a quick run has filled."""
+    folder = tmp_path_factory.mktemp("peers") / "results"
+    command = [sys.executable, "-m", "benchmarks.peers", "--quick", "--only", "llamacancel", "--threads", "1"]
+    command += ["--parts", "stop,cost,conformance", "--out", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(out: Path) -> dict[str, Any]:
+    return json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+
+def test_nothing_of_ours_fails(report: dict[str, Any]) -> None:
+    assert report["failures"] == []
+    assert not report["interrupted"]
+
+
+def test_it_is_an_attention_and_a_recurrent_model(report: dict[str, Any]) -> None:
+    assert report["libraries"].keys() == {"llama (attention)", "mamba (recurrent)"}
+
+
+def test_after_a_stop_the_next_calls_are_right(report: dict[str, Any]) -> None:
+    for (row,) in report["libraries"].values():
+        assert row["stop"].keys() == {"CancelToken", "Engine"}
+        for of in row["stop"].values():
+            assert of["repeats"]
+            assert len(of["samples"]) == 2
+            assert {sample["history"] for sample in of["samples"]} == {False, True}
+            assert {sample["next"] for sample in of["samples"]} == {"right"}
+            assert {sample["again"] for sample in of["samples"]} == {"right"}
+
+
+def test_a_stop_that_was_asked_for_before_the_call_keeps_it_from_starting(report: dict[str, Any]) -> None:
+    for (row,) in report["libraries"].values():
+        assert {of["early"] for of in row["stop"].values()} == {"raises DecodeCancelled"}
+
+
+def test_the_cost_is_measured_alone_and_beside_a_busy_thread(report: dict[str, Any]) -> None:
+    for (row,) in report["libraries"].values():
+        for of in row["cost"].values():
+            assert of["ratios"].keys() == {"alone", "busy"}
+
+
+def test_the_suite_has_judged_our_server(report: dict[str, Any]) -> None:
+    (row,) = report["conformance"]
+    assert row["failure"] is None
+    assert "queued-hang-up" in {scenario["name"] for scenario in row["scenarios"]}
+
+
+def test_table_and_plot_are_written(out: Path) -> None:
+    assert "| llamacancel" in (out / "report.md").read_text(encoding="utf-8")
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_peer_that_cannot_be_installed_is_told_with_what_pip_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMACANCEL_BENCH_CACHE", str(tmp_path))
+    nowhere = tmp_path / "no-such-folder" / "peer-0.1-py3-none-any.whl"
+    peer = Peer("nobody", "nobody", str(nowhere), None, lambda python, shape, port: [], pip=("--no-index",))
+    with pytest.raises(NotInstalled, match="pip failed"):
+        bring(peer)
+
+
+def test_every_peer_has_a_driver() -> None:
+    drivers = ROOT / "benchmarks" / "peers" / "drivers"
+    assert PEERS.keys() == {"llama-cpp-python", "cyllama", "xllamacpp"}
+    assert all(peer.library and os.path.isfile(drivers / peer.library) for peer in PEERS.values())
