@@ -28,7 +28,7 @@ build: $(VENV)/.built ## build the extension (about two minutes the first time) 
 
 # Rebuilt when a native source changed; Python sources are used in place.
 NATIVE := $(wildcard src/llamacancel/*.pyx src/llamacancel/*.pxd src/llamacancel/_lib/* src/llamacancel/_native/*) \
-          CMakeLists.txt cmake/llama.cmake pyproject.toml vendor/llama.cpp.lock.json
+          CMakeLists.txt cmake/llama.cmake pyproject.toml vendor/llama.cpp.lock.json $(wildcard vendor/patches/*)
 
 $(VENV)/.built: $(VENV)/.tools $(NATIVE)
 	@echo "llamacancel: building the extension; llama.cpp takes a few minutes the first time"

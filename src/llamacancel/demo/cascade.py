@@ -11,7 +11,7 @@ from ..conformance.lanes import Band, Lane, draw
 from ..views import RequestView
 from .client import Client
 from .decode import load, made
-from .show import Progress, check, legend, say, text_lanes
+from .show import Progress, check, legend, named, say, text_lanes
 from .stage import ANSWER, ATTEMPTS, PROMPT, Answer, NotSo, Stage, lanes_of
 
 __all__ = ["show_cascade"]
@@ -58,7 +58,7 @@ def show_cascade(args: argparse.Namespace) -> bool:
     """Show whom a client that hangs up takes along: nobody. Whether all was as it should be."""
     say(f"{2 if args.model else 3}. A server, and clients that hang up")
     with load(args.model or made("llama", args.size)) as model:
-        say(f"   {model.description}; real HTTP clients; every figure is of this run\n")
+        say(f"   {named(model)}; real HTTP clients; every figure is of this run\n")
         say(f"   {legend()}\n")
         stage = Stage(model, args.tokens, args.threads)
         scenes: list[Scene] = []
@@ -72,7 +72,7 @@ def show_cascade(args: argparse.Namespace) -> bool:
                         scenes.append(scene)
         except NotSo as error:
             return check(str(error), False)
-        description = model.description
+        description = named(model)
     picture = draw(
         [scene.band() for scene in scenes],
         title="llamacancel: clients that hang up",

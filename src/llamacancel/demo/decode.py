@@ -16,7 +16,7 @@ import llamacancel as lc
 
 from .._params import default_threads
 from ..conformance.lanes import Lane
-from .show import Progress, check, say, text_lanes
+from .show import Progress, check, named, say, text_lanes
 
 __all__ = ["TEXT", "load", "made", "show_decode"]
 
@@ -74,7 +74,7 @@ def _show(model: lc.Model, n_tokens: int, threads: int) -> bool:
     prompts = {
         name: np.resize(np.roll(tokens, -shift), n_tokens).astype(np.int32) for name, shift in (("A", 0), ("B", 40))
     }
-    say(f"   {model.description}; prompts of {n_tokens} tokens, {threads} thread{'s' * (threads > 1)} each")
+    say(f"   {named(model)}; prompts of {n_tokens} tokens, {threads} thread{'s' * (threads > 1)} each")
 
     contexts = {name: model.context(n_ctx=n_tokens + 64, n_batch=n_tokens, n_threads=threads) for name in prompts}
     batches = {name: lc.Batch(n_tokens) for name in prompts}

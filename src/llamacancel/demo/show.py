@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Sequence
 
+from llamacancel import Model
+
 from ..conformance.lanes import Lane
 
-__all__ = ["Progress", "check", "legend", "say", "text_lanes"]
+__all__ = ["Progress", "check", "legend", "named", "say", "text_lanes"]
 
 WIDTH = 56
 """Characters of a lane."""
@@ -32,6 +34,11 @@ def say(text: str = "", end: str = "\n") -> None:
         encoding = sys.stdout.encoding or "ascii"
         text = text.encode(encoding, "replace").decode(encoding)
     print(text, end=end, flush=True)
+
+
+def named(model: Model) -> str:
+    """A model in a few words: its architecture and its size."""
+    return f"{model.metadata['general.architecture']}, {model.n_params / 1e6:,.0f} million parameters"
 
 
 def check(words: str, holds: bool) -> bool:
