@@ -285,21 +285,25 @@ cdef class Context:
         cdef Interrupt interrupt = watch_signals(call)
         cdef shared_ptr[ContextBox] box = self.box
         cdef DecodeReport report
-        self._acquire(&call, interrupt, what)
+        view.readers += 1
         try:
-            problem = box.get().check(view.batch, encoding)
-            if not problem.empty():
-                raise InvalidBatchError(text_of(problem))
-            dirty = box.get().dirty_among(view.batch)
-            if not dirty.empty():
-                self._raise_dirty([seq for seq in dirty])
-            with nogil:
-                if encoding:
-                    report = box.get().encode(view.batch, call)
-                else:
-                    report = box.get().decode(view.batch, call, tokens, keep)
+            self._acquire(&call, interrupt, what)
+            try:
+                problem = box.get().check(view.batch, encoding)
+                if not problem.empty():
+                    raise InvalidBatchError(text_of(problem))
+                dirty = box.get().dirty_among(view.batch)
+                if not dirty.empty():
+                    self._raise_dirty([seq for seq in dirty])
+                with nogil:
+                    if encoding:
+                        report = box.get().encode(view.batch, call)
+                    else:
+                        report = box.get().decode(view.batch, call, tokens, keep)
+            finally:
+                box.get().release()
         finally:
-            box.get().release()
+            view.readers -= 1
         drain_log()
         if report.status == Status.Failed:
             raise DecodeFailedError(text_of(report.message))
@@ -559,6 +563,7 @@ cdef _copy_of(const float * data, size_t n):
 cdef class _View:
     """A Batch's arrays as the native core reads them."""
     cdef BatchView batch
+    cdef readonly int readers  # calls that are reading them, without the GIL
     cdef const int32_t[::1] token, pos, seq_offset, seq_id
     cdef const float[:, ::1] embd
     cdef const int8_t[::1] output
@@ -586,5 +591,6 @@ cdef _View _view_of(batch):
     if batch._view is None:
         batch._view = _View(batch)
     cdef _View view = batch._view
-    view.batch.n_rows = batch._n
+    if not view.readers:
+        view.batch.n_rows = batch._n
     return view

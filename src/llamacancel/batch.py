@@ -56,8 +56,9 @@ class Batch:
             The row's index.
 
         Raises:
-            InvalidBatchError: If the batch is full, or a value is none that a row can have.
+            InvalidBatchError: If the batch is full or being decoded, or a value is none that a row can have.
         """
+        self._check_unread()
         ids = self._sequence_ids(seq_ids)
         row = self._n
         first = int(self._seq_offset[row])
@@ -96,8 +97,9 @@ class Batch:
             The rows' indices.
 
         Raises:
-            InvalidBatchError: If the rows do not fit, or a value is none that a row can have.
+            InvalidBatchError: If the rows do not fit, the batch is being decoded, or a value is none that a row can have.
         """
+        self._check_unread()
         if logits not in ("last", "all", "none"):
             raise InvalidBatchError(f'logits must be "last", "all" or "none", not {logits!r}')
         ids = self._sequence_ids(seq_id)
@@ -127,7 +129,12 @@ class Batch:
         return range(rows.start, rows.stop)
 
     def clear(self) -> None:
-        """Forget all rows; the capacity stays."""
+        """Forget all rows; the capacity stays.
+
+        Raises:
+            InvalidBatchError: If a call is reading them.
+        """
+        self._check_unread()
         self._n = 0
 
     def __len__(self) -> int:
@@ -171,6 +178,11 @@ class Batch:
             if not _is_integer(seq_id) or not _INT32.min <= seq_id <= _INT32.max:
                 raise InvalidBatchError(f"row {self._n}: seq_id: a sequence is an integer of 32 bits, not {seq_id!r}")
         return ids
+
+    def _check_unread(self) -> None:
+        # What was checked must not change under llama.cpp, which would end the process on some of it.
+        if self._view is not None and self._view.readers:
+            raise InvalidBatchError("the batch is being decoded: fill another one, or wait for the call")
 
     def _room(self, n: int) -> None:
         if self._n + n > self._capacity:

@@ -307,6 +307,28 @@ def test_with_a_token_a_call_waits_for_its_turn(
     assert holds(context)[0][1] == 60
 
 
+def test_a_batch_cannot_be_changed_under_a_call_that_reads_it(
+    busy: Callable[[str], tuple[lc.Context, Flight]], new_context: NewContext
+) -> None:
+    context, flight = busy("llama")
+    other = new_context("llama")
+    rows = batch((tokens(60), 60, 0), logits="last")
+    waiting = Flight(lambda: context.decode(rows, far()), at=NEVER)
+    waiting.waits()
+    for change in (rows.clear, lambda: rows.add(1, 120, 0), lambda: rows.add_sequence([1, 2], 120)):
+        with pytest.raises(lc.InvalidBatchError, match="being decoded"):
+            change()
+    assert len(rows) == 60
+    with pytest.raises(lc.InvalidBatchError, match="does not follow on"):
+        decode(other, batch((tokens(4), 0, 0)))
+        other.decode(rows)  # reading it twice does no harm
+    flight.lands()
+    assert waiting.lands().rows_done == 60
+    rows.clear()
+    rows.add(1, 120, 0)
+    assert context.decode(rows).rows_done == 1
+
+
 def test_one_deadline_covers_the_wait_and_the_work(busy: Callable[[str], tuple[lc.Context, Flight]]) -> None:
     context, flight = busy("llama")
     rows = batch((tokens(200), 4, 1), logits="last")

@@ -426,7 +426,9 @@ struct Undo::Cache {
 // ---- recurrent states ------------------------------------------------------------------------------------
 
 struct Undo::Recurrent {
-    explicit Recurrent(llama_memory_recurrent & memory) : memory(memory), n_rows(memory.size * (1 + memory.n_rs_seq)) {}
+    explicit Recurrent(llama_memory_recurrent & memory) : memory(memory), n_rows(memory.size * (1 + memory.n_rs_seq)) {
+        visit(0, [&](ggml_tensor *, size_t, size_t size) { cell_bytes += size; });
+    }
 
     // The bookkeeping, which is a few words for each sequence. llama.cpp's own prepare() copies it, too.
     struct Books {
@@ -450,7 +452,6 @@ struct Undo::Recurrent {
     void begin() {
         books = read();
         rows.clear();
-        bytes.clear();
     }
 
     bool save(const llama_ubatch & ubatch) {
@@ -478,10 +479,15 @@ struct Undo::Recurrent {
     }
 
     void keep(uint32_t cell) {
+        // Grows and never shrinks, so that a call for a single token costs one copy and no more.
+        if (data.size() < (rows.size() + 1) * cell_bytes) {
+            data.resize((rows.size() + 1) * cell_bytes);
+        }
+        uint8_t * to = data.data() + rows.size() * cell_bytes;
         rows.push_back(cell);
         visit(cell, [&](ggml_tensor * tensor, size_t offset, size_t size) {
-            bytes.resize(bytes.size() + size);
-            ggml_backend_tensor_get(tensor, bytes.data() + bytes.size() - size, offset, size);
+            ggml_backend_tensor_get(tensor, to, offset, size);
+            to += size;
         });
     }
 
@@ -536,12 +542,14 @@ struct Undo::Recurrent {
 
     void copy_back(uint32_t saved_row, uint32_t to) {
         const size_t at = std::find(rows.begin(), rows.end(), saved_row) - rows.begin();
-        const uint8_t * from = bytes.data() + at * (bytes.size() / rows.size());
+        const uint8_t * from = data.data() + at * cell_bytes;
         visit(to, [&](ggml_tensor * tensor, size_t offset, size_t size) {
             ggml_backend_tensor_set(tensor, from, offset, size);
             from += size;
         });
     }
+
+    size_t bytes() const noexcept { return rows.size() * cell_bytes; }
 
     // All tensors' parts of one cell's state, the groups for rollback by n_rs_seq included.
     template <typename Visit>
@@ -556,8 +564,9 @@ struct Undo::Recurrent {
     llama_memory_recurrent & memory;
     const uint32_t n_rows;
     Books books;
-    std::vector<uint32_t> rows;  // cells whose states are in `bytes`, in this order
-    std::vector<uint8_t> bytes;
+    size_t cell_bytes = 0;       // of one cell's state, over all layers
+    std::vector<uint32_t> rows;  // cells whose states are in `data`, in this order
+    std::vector<uint8_t> data;
 };
 
 // ---- both ------------------------------------------------------------------------------------------------
@@ -606,7 +615,7 @@ bool Undo::restore_sequence(llama_seq_id seq, llama_pos p0) {
 }
 
 size_t Undo::bytes() const noexcept {
-    size_t total = recurrent_ ? recurrent_->bytes.size() : 0;
+    size_t total = recurrent_ ? recurrent_->bytes() : 0;
     for (const auto & cache : caches_) {
         total += cache->bytes();
     }
