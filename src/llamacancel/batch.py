@@ -97,7 +97,8 @@ class Batch:
             The rows' indices.
 
         Raises:
-            InvalidBatchError: If the rows do not fit, the batch is being decoded, or a value is none that a row can have.
+            InvalidBatchError: If the rows do not fit, the batch is being decoded, or a value is none that a row can
+                have.
         """
         self._check_unread()
         if logits not in ("last", "all", "none"):
@@ -226,7 +227,7 @@ def _float_rows(rows: Any, shape: tuple[int | None, ...]) -> NDArray[np.float32]
             values = np.asarray(rows, np.float32)
     except (TypeError, ValueError) as error:
         raise InvalidBatchError(f"embeddings are floats: {error}") from error
-    if len(values.shape) != len(shape) or any(want not in (None, got) for want, got in zip(shape, values.shape, strict=True)):
+    if values.ndim != len(shape) or any(want not in (None, n) for want, n in zip(shape, values.shape, strict=True)):
         wanted = ", ".join("n" if size is None else str(size) for size in shape)
         raise InvalidBatchError(f"embeddings have shape ({wanted}), not {values.shape}")
     if not np.isfinite(values).all():
