@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from ..engine import Engine
-from ..views import RequestView
+from ..views import RequestView, SlotView
 
 __all__ = ["Snapshots"]
 
@@ -46,7 +45,7 @@ class Snapshots:
             "now": time.monotonic() + _EPOCH,
             "model": self._model_name,
             "complete": complete,
-            "slots": [asdict(slot) for slot in now.slots],
+            "slots": [_fields(slot) for slot in now.slots],
             "queue": _views(now.queue),
             "active": _views(now.active),
             "recent": _views(recent),
@@ -57,8 +56,13 @@ def _key(view: RequestView) -> tuple[str, float]:
     return view.id, view.submitted_at
 
 
+def _fields(view: RequestView | SlotView) -> dict[str, Any]:
+    """As `dataclasses.asdict`, which copies each value and takes ten times as long."""
+    return {name: getattr(view, name) for name in view.__slots__}
+
+
 def _views(views: Sequence[RequestView]) -> list[dict[str, Any]]:
-    given = [asdict(view) for view in views]
+    given = [_fields(view) for view in views]
     for each in given:
         for name in _TIMES:
             if each[name] is not None:
