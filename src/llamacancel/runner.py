@@ -79,6 +79,8 @@ class Runner:
 
     Attributes:
         works: The unfinished requests by id.
+        stop: Cancelled to stop the step that is being run, for all of its requests. Each step listens to the one that
+            is here when it begins.
         n_ctx, n_batch, n_ubatch: Of the context for generations.
         cells: Cells that its sequences share; None if each has its own, or needs none.
         decode_seconds: Time that llama.cpp has computed.
@@ -88,6 +90,7 @@ class Runner:
         self._make_context = make_context
         self._make_embedder = make_embedder
         self.works: dict[str, Work] = {}
+        self.stop = CancelToken()
         self.n_ctx = self.n_batch = self.n_ubatch = 1
         self.cells: int | None = None
         self._embedder: Context | None = None
@@ -149,13 +152,13 @@ class Runner:
         if not planned:
             return
         last_rows = self._fill(planned)
-        tokens = {rows.slot: self.works[rows.request.id]._token for rows in planned}
+        tokens = {rows.slot: self.works[rows.request.id].token_until(self.stop) for rows in planned}
         began = time.perf_counter()
         try:
-            result = self._compute(self.context, self._batch, tokens, on_cancel="keep", abort_when=plan.abort_when)
+            result = self._compute(self.context, self._batch, tokens, on_cancel="keep")
         except DecodeCancelled as error:
             told, outcome.rows_done = error.sequences, error.rows_done
-            outcome.aborted = bool(error.survivors)
+            outcome.aborted = self.stop.cancelled
         except (DecodeFailedError, MemoryFullError, InvalidBatchError, DirtySequenceError, ContextBusyError) as error:
             self._failed(error, outcome)
             return
@@ -216,7 +219,7 @@ class Runner:
             sequence = told[rows.slot]
             request = rows.request
             work = cast(Generation, self.works[request.id])
-            if sequence.cancelled:
+            if sequence.cancelled and work._token.cancelled:
                 outcome.cancelled[request.id] = ending_of(work._token)
             if sequence.state == "dirty":
                 self._lose(rows.slot, outcome)
@@ -242,14 +245,14 @@ class Runner:
         batch.clear()
         for seq, request in enumerate(plan.embed):
             batch.add_sequence(request.tokens, seq_id=seq, logits="all")
-        tokens = {seq: self.works[request.id]._token for seq, request in enumerate(plan.embed)}
+        tokens = {seq: self.works[request.id].token_until(self.stop) for seq, request in enumerate(plan.embed)}
         began = time.perf_counter()
         told: dict[int, Any]
         try:
-            told = self._compute(context, batch, tokens, abort_when=plan.abort_when).sequences
+            told = self._compute(context, batch, tokens).sequences
         except DecodeCancelled as error:
             told = error.sequences
-            outcome.aborted = bool(error.survivors)
+            outcome.aborted = self.stop.cancelled
         except (DecodeFailedError, MemoryFullError, InvalidBatchError, DirtySequenceError, ContextBusyError) as error:
             outcome.error, outcome.fault = error, Fault.FAILED
             context.close()
@@ -261,7 +264,8 @@ class Runner:
         for seq, request in enumerate(plan.embed):
             work = cast(Embedding, self.works[request.id])
             if told[seq].cancelled:
-                outcome.cancelled[request.id] = ending_of(work._token)
+                if work._token.cancelled:
+                    outcome.cancelled[request.id] = ending_of(work._token)
             elif told[seq].state == "completed":
                 work._vector = context.pooled_embeddings(seq)
                 outcome.embedded.append(request.id)

@@ -60,6 +60,7 @@ class Work:
     def __init__(self, request: Request, token: CancelToken) -> None:
         self._request = request
         self._token = token
+        self._until: tuple[CancelToken, CancelToken] | None = None
         self._changed = threading.Condition()
         self._waiting = 0
         self._notify: list[Registration] = []
@@ -187,6 +188,12 @@ class Work:
         return f"<{type(self).__name__} {self.id} {self.finish_reason or self.state}>"
 
     # -- for those who build on it
+
+    def token_until(self, stop: CancelToken) -> CancelToken:
+        """A token that is cancelled with its own or with `stop`: the same one for as long as `stop` is the same."""
+        if self._until is None or self._until[0] is not stop:
+            self._until = stop, CancelToken.any_of(self._token, stop)
+        return self._until[1]
 
     @property
     def readable(self) -> bool:

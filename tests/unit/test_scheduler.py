@@ -162,18 +162,40 @@ def test_every_running_generation_has_a_row_in_every_step() -> None:
 def test_a_prompt_beside_generations_gets_what_the_time_of_a_step_allows() -> None:
     limits = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=64, step_seconds=0.1)
     pace = Pace()
-    assert policy.prompt_budget(limits, pace, 2) == 62, "one ubatch, until it is known how long a row takes"
+    assert policy.prompt_budget(limits, pace, 2, 9999) == 62, "one ubatch, until it is known how long a row takes"
     for _ in range(50):
         pace.observe(0, 2, 0.02)
         pace.observe(400, 2, 0.02 + 400 * 0.0002)
-    assert policy.prompt_budget(limits, pace, 2) == 6 * 64 - 2, "whole ubatches"
-    assert policy.prompt_budget(limits, pace, 0) == 2048, "alone, up to half a second"
+    assert policy.prompt_budget(limits, pace, 2, 9999) == 6 * 64 - 2, "whole ubatches"
+    assert policy.prompt_budget(limits, pace, 0, 9999) == 2048, "alone, up to half a second"
     for _ in range(100):
         pace.observe(100, 0, 100 * 0.01)
-    assert policy.prompt_budget(limits, pace, 2) == 32, "slow as it is, it gets on"
-    assert policy.prompt_budget(limits, pace, 2048) == 0
+    assert policy.prompt_budget(limits, pace, 2, 9999) == 32, "slow as it is, it gets on"
+    assert policy.prompt_budget(limits, pace, 2048, 9999) == 0
     whole = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=64, step_seconds=None)
-    assert policy.prompt_budget(whole, pace, 3) == 2045
+    assert policy.prompt_budget(whole, pace, 3, 9999) == 2045
+
+
+def test_a_last_ubatch_is_filled_as_far_as_time_allows_unless_that_is_hardly_at_all() -> None:
+    limits = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=512, step_seconds=0.1)
+    for rows, budget in ((300, 300), (540, 509), (700, 700), (1000, 1000), (1040, 1021)):
+        pace = Pace()
+        pace.observe(0, 3, 0.02)
+        pace.observe(rows, 0, 0.08)
+        assert policy.prompt_budget(limits, pace, 3, 9999) == pytest.approx(budget, abs=1)
+
+
+def test_the_end_of_the_prompts_is_taken_along_and_a_few_rows_beyond_a_ubatch_are_not() -> None:
+    limits = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=512, step_seconds=0.1)
+    pace = Pace()
+    pace.observe(0, 3, 0.02)
+    pace.observe(400, 0, 0.08)
+    assert policy.prompt_budget(limits, pace, 3, 490) == 490
+    assert policy.prompt_budget(limits, pace, 3, 520) == pytest.approx(400, abs=1)
+    pace.observe(100_000, 0, 16.0)
+    assert pace.row_seconds == pytest.approx(0.00019, abs=1e-5)
+    assert policy.prompt_budget(limits, pace, 3, 512) == 509, "the other three go with the next step's single rows"
+    assert policy.prompt_budget(limits, pace, 0, 515) == 515, "there are none"
 
 
 @given(st.integers(0, 300), st.lists(st.tuples(st.integers(1, 100), st.integers(1, 40)), max_size=6))
@@ -232,18 +254,97 @@ def test_embeddings_and_generations_take_turns() -> None:
     assert kinds[:4] == ["e0e1", "rows", "e2", "rows"]
 
 
-def test_a_short_step_goes_on_without_the_cancelled_and_a_long_one_stops_while_there_is_patience() -> None:
-    pace = Pace()
-    assert policy.abort_when(pace, 500, 3) == "all", "nothing is known yet"
-    pace.observe(100, 0, 0.1)
-    assert policy.abort_when(pace, 20, 3) == "all"
-    assert policy.abort_when(pace, 200, 3) == "any"
+def test_a_step_that_ends_soon_goes_on_without_the_cancelled_and_one_that_does_not_is_stopped() -> None:
+    pace = known_pace()
+    soon = policy.parts_of(pace, 512, [(1, True), (1, False), (40, False)])
+    assert policy.grace(pace, soon, 0.01) == pytest.approx(0.05), "0.05 s are left, and it is stopped if they were more"
+    late = policy.parts_of(pace, 512, [(1, True), (1, False), (200, False)])
+    assert policy.grace(pace, late, 0.01) == 0.0
+    assert policy.grace(pace, late, 0.19) == pytest.approx(0.05), "most of it is done"
+    assert policy.grace(pace, late, 0.5) == pytest.approx(0.05), "it takes longer than expected"
+
+
+def test_a_step_is_stopped_at_once_where_the_others_are_done_sooner_without_the_cancelled() -> None:
+    pace = known_pace()
+    pace.observe_stop(10.0)
+    parts = policy.parts_of(pace, 512, [(1, False), (400, True), (60, False)])
+    assert policy.loss(parts, 0.1) == pytest.approx(-0.3), "0.1 s are done again, and 0.4 s not done"
+    assert policy.grace(pace, parts, 0.1) == 0.0, "also when all patience is spent"
+    assert policy.loss(parts, 0.45) == pytest.approx(0.05)
+    assert policy.grace(pace, parts, 0.45) is None
+
+
+def test_what_was_computed_before_the_last_ubatch_is_not_lost_and_rows_after_it_are_not_computed() -> None:
+    pace = known_pace()
+    parts = policy.parts_of(pace, 100, [(150, False), (150, True)])
+    assert [(part.seconds, part.saved) for part in parts] == [
+        pytest.approx((0.1, 0.0)), pytest.approx((0.1, 0.05)), pytest.approx((0.1, 0.1))
+    ]  # fmt: skip
+    assert policy.loss(parts, 0.08) == pytest.approx(0.08), "the first part has no row of the cancelled"
+    assert policy.loss(parts, 0.12) == pytest.approx(-0.03)
+    assert policy.loss(parts, 0.18) == pytest.approx(0.03)
+    assert policy.grace(pace, parts, 0.16) == pytest.approx(0.05), "0.04 s are left: the third part is left out"
+
+
+def test_single_rows_cost_what_a_step_costs_however_many_of_them_are_cancelled() -> None:
+    pace = known_pace()
+    for cancelled in (1, 3):
+        parts = policy.parts_of(pace, 512, [(1, i < cancelled) for i in range(4)])
+        assert [(part.seconds, part.saved) for part in parts] == [(0.02, 0.0)]
+
+
+def test_stops_cost_the_others_no_more_than_a_tenth_of_the_time() -> None:
+    pace = known_pace()
+    parts = policy.parts_of(pace, 512, [(1, True), (1, False), (300, False)])
     for _ in range(10):
-        pace.observe_stop(0.1)
-    assert policy.abort_when(pace, 200, 3) == "all", "the others have to get on"
+        pace.observe_stop(policy.loss(parts, 0.1))
+    assert policy.grace(pace, parts, 0.1) is None, "the others have to get on"
     for _ in range(100):
         pace.observe(100, 0, 0.1)
-    assert policy.abort_when(pace, 200, 3) == "any"
+    assert policy.grace(pace, parts, 0.1) == 0.0
+
+
+def test_nothing_is_to_be_stopped_where_nobody_in_the_step_was_cancelled() -> None:
+    bench = Bench(slots=1)
+    bench.submit("a", prompt(10))
+    waiting = bench.submit("b", prompt(10))
+    assert bench.scheduler.grace(0.0) is None
+    assert bench.scheduler.plan(0.0)
+    assert bench.scheduler.cancel(waiting.id, "cancelled", 0.0)
+    assert bench.scheduler.grace(0.0) is None
+    assert bench.scheduler.cancel("a", "cancelled", 0.01)
+    assert bench.scheduler.grace(0.01) is not None
+
+
+@pytest.mark.parametrize("kind", ["generation", "embedding"])
+def test_a_stopped_step_is_paid_for_with_what_it_cost_those_who_stayed(kind: Any) -> None:
+    bench = Bench(slots=2, n_ubatch=2048, step_seconds=None, embed_rows=2000, embed_sequences=2)
+    for i in range(2):
+        bench.submit(f"before{i}", prompt(100, i), max_tokens=1, kind=kind)
+    bench.run()
+    pace = bench.scheduler.pace
+    pace.row_seconds = pace.embed_row_seconds = 0.001
+    patience = pace.patience
+    for stayed, gone in ((600, 100), (100, 600)):
+        for name, n in (("stayed", stayed), ("gone", gone)):
+            bench.submit(name, prompt(n, n), max_tokens=1, kind=kind)
+        plan = bench.scheduler.plan(bench.now)
+        assert {each.id for each in plan.requests} == {"stayed", "gone"}
+        bench.runner.run(Plan(actions=plan.actions))
+        bench.scheduler.cancel("gone", "cancelled", bench.now)
+        bench.scheduler.commit(Outcome(aborted=True, cancelled={"gone": "cancelled"}, seconds=0.3), bench.now)
+        patience -= max(0.3 - 0.001 * gone, 0.0)
+        assert pace.patience == pytest.approx(patience)
+        bench.scheduler.cancel("stayed", "cancelled", bench.now)
+        assert bench.scheduler.idle
+
+
+def known_pace() -> Pace:
+    """A millisecond for a prompt's row, 20 for a step without one."""
+    pace = Pace()
+    pace.observe(0, 2, 0.02)
+    pace.observe(100, 0, 0.1)
+    return pace
 
 
 # ---- what is kept ------------------------------------------------------------------------------------------------
@@ -263,6 +364,37 @@ def test_a_state_is_kept_before_the_last_token_and_where_others_branched_off() -
     assert cached == [0, 0, 100]
     assert [held for seq in bench.scheduler.sequences[2:] if (held := seq.held)].count(100) == 1
     assert [name for name, _ in copies] == ["r0", "r1", "r1", "r2", "r2"]
+
+
+def test_a_prompt_that_comes_several_times_at_once_is_computed_once() -> None:
+    bench = Bench(slots=4, n_batch=64, step_seconds=None)
+    made = [bench.submit(f"r{i}", prompt(200), max_tokens=5) for i in range(4)]
+    other = bench.submit("other", prompt(30, 5), max_tokens=1)
+    assert rows_of(bench.step()) == {"r0": 64}, "the others' slots are kept for them"
+    bench.run()
+    assert made[0].cached_tokens == 0
+    assert all(184 <= each.cached_tokens <= 199 for each in made[1:])
+    assert all(each.tokens[200:] == answer(prompt(200), 5, 5000) for each in made)
+    assert other.started_at is not None
+    assert all(each.started_at is not None and each.started_at <= other.started_at for each in made)
+
+
+def test_nobody_waits_for_a_prefix_of_lower_priority_or_one_that_is_given_up() -> None:
+    bench = Bench(slots=3, n_batch=64, step_seconds=None)
+    bench.submit("low", prompt(400), priority=-1)
+    bench.step()
+    high = bench.submit("high", prompt(400))
+    bench.step()
+    assert high.state == "prefill"
+    third = bench.submit("third", prompt(400), priority=-1)
+    bench.step()
+    assert third.state == "queued"
+    for name in ("low", "high"):
+        bench.scheduler.cancel(name, "cancelled", bench.now)
+    held = max(seq.held for seq in bench.scheduler.sequences)
+    bench.step()
+    assert third.state == "prefill"
+    assert third.cached_tokens == held > 0
 
 
 def test_an_attention_memory_keeps_no_states() -> None:

@@ -106,6 +106,8 @@ class Schedules(RuleBasedStateMachine):
             assert told == unfinished
             if told:
                 self.told.add(name)
+        grace = self.scheduler.grace(self.now)
+        assert grace is None or (grace >= 0 and self.plan is not None)
 
     @precondition(lambda self: self.plan is None)
     @rule()

@@ -57,18 +57,22 @@ class Plan:
         actions: To be done first, in order.
         rows: What to decode then.
         embed: Requests to embed; a plan has rows or these.
-        abort_when: What a cancel of some of the rows does: "all" goes on without them, "any" stops the
-            step, to be run again without them.
         n_prompt_rows: Rows that a prompt has more than one of in this step.
         n_other_rows: Single rows: of running generations, and the last one of a prompt.
+        began: When it was made, in seconds.
     """
 
     actions: list[Action] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)
     embed: list[Request] = field(default_factory=list)
-    abort_when: Literal["all", "any"] = "all"
     n_prompt_rows: int = 0
     n_other_rows: int = 0
+    began: float = 0.0
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that it computes something for."""
+        return [rows.request for rows in self.rows] + self.embed
 
     def __bool__(self) -> bool:
         return bool(self.actions or self.rows or self.embed)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-__all__ = ["Limits", "Pace", "abort_when", "place_of", "prompt_budget", "share"]
+__all__ = ["Limits", "Pace", "Part", "grace", "loss", "parts_of", "place_of", "prompt_budget", "share"]
 
 _LEAST_ROWS = 32  # of a prompt in a step, however slow the machine is
+_SHORT_ROWS = 64  # a ubatch with fewer rows takes nearly as long as one with so many: all weights are read for it
+_ENOUGH = 1.25  # so much longer a step may be if all prompts are through with it
 _ALONE = 5  # steps may be so many times longer while nobody generates: only newcomers wait for their end
-_GO_ON_SECONDS = 0.05  # a step this short is finished without the rows of those who were cancelled
+_GO_ON_SECONDS = 0.05  # so long a step may go on for the others, after some of its rows were cancelled
 _PATIENCE = 0.5  # seconds that stopped steps may cost the others at once
 _PATIENCE_SHARE = 0.1  # and of the time in the long run
 
@@ -60,16 +61,18 @@ class Pace:
 
     Attributes:
         row_seconds: Of one prompt row; None until one was seen.
+        embed_row_seconds: Of one row of a text to embed.
         step_seconds: Of a step without prompt rows.
         patience: Seconds that steps stopped for somebody else's cancel may still cost.
     """
 
-    __slots__ = ("patience", "row_seconds", "step_seconds")
+    __slots__ = ("embed_row_seconds", "patience", "row_seconds", "step_seconds")
 
     _WEIGHT = 0.2
 
     def __init__(self) -> None:
         self.row_seconds: float | None = None
+        self.embed_row_seconds: float | None = None
         self.step_seconds = 0.0
         self.patience = _PATIENCE
 
@@ -80,25 +83,26 @@ class Pace:
             self.step_seconds += self._WEIGHT * (seconds - self.step_seconds) if self.step_seconds else seconds
         elif prompt_rows >= 8:
             base = min(self.step_seconds, seconds / 2) if other_rows else 0.0
-            measured = (seconds - base) / prompt_rows
-            if self.row_seconds is None:
-                self.row_seconds = measured
-            else:
-                self.row_seconds += self._WEIGHT * (measured - self.row_seconds)
+            self.row_seconds = self._nearer(self.row_seconds, (seconds - base) / prompt_rows)
+
+    def observe_embedding(self, rows: int, seconds: float) -> None:
+        """A batch of texts to embed took so long."""
+        self.patience = min(self.patience + _PATIENCE_SHARE * seconds, _PATIENCE)
+        self.embed_row_seconds = self._nearer(self.embed_row_seconds, seconds / rows)
 
     def observe_stop(self, seconds: float) -> None:
-        """A step was stopped, and so much of it was in vain."""
+        """A step was stopped, which costs the others so much."""
         self.patience -= seconds
 
-    def expected(self, prompt_rows: int, other_rows: int) -> float:
-        """Seconds that a step with so many rows is going to take."""
-        return prompt_rows * (self.row_seconds or 0.0) + (self.step_seconds if other_rows else 0.0)
+    def _nearer(self, known: float | None, measured: float) -> float:
+        return measured if known is None else known + self._WEIGHT * (measured - known)
 
 
-def prompt_budget(limits: Limits, pace: Pace, n_generating: int) -> int:
+def prompt_budget(limits: Limits, pace: Pace, n_generating: int, wanted: int) -> int:
     """Most rows of prompts in the next step, next to `n_generating` rows of running generations.
 
-    As many as `step_seconds` allow, so that together they fill whole ubatches where that is possible.
+    As many as `step_seconds` allow. But a little more if then nothing is left of the `wanted` ones, which would take a
+    step of its own; and no last ubatch of so few rows that it would hardly be worth its time.
     """
     room = limits.n_batch - n_generating
     if limits.step_seconds is None or room <= 0:
@@ -109,9 +113,13 @@ def prompt_budget(limits: Limits, pace: Pace, n_generating: int) -> int:
         rows = int((limits.step_seconds - pace.step_seconds) / pace.row_seconds)
     else:
         rows = int(limits.step_seconds * _ALONE / pace.row_seconds)
-    whole = (rows + n_generating) // limits.n_ubatch * limits.n_ubatch - n_generating
+    if wanted <= rows * _ENOUGH:
+        rows = wanted
+    last = (rows + n_generating) % limits.n_ubatch
     least = min(_LEAST_ROWS, limits.n_ubatch)
-    return min(room, max(whole if whole >= least else rows, least))
+    if last < _SHORT_ROWS and rows - last >= least and (n_generating or rows < wanted):
+        rows -= last
+    return min(room, max(rows, least))
 
 
 def share(budget: int, wants: Sequence[tuple[int, int]]) -> list[int]:
@@ -137,11 +145,82 @@ def share(budget: int, wants: Sequence[tuple[int, int]]) -> list[int]:
     return given
 
 
-def abort_when(pace: Pace, prompt_rows: int, other_rows: int) -> Literal["all", "any"]:
-    """What a cancel of some rows of a step is to do.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a step that is computed at a time: all of it is lost if the step is stopped in its middle.
 
-    A short step goes on without them, which costs the others nothing. A long one is stopped, so that the slot is free
-    soon, and run again without them: that costs the others a part of a step. A flood of cancels must not keep them from
-    getting on, so no more than a tenth of the time is spent in this way.
+    Attributes:
+        seconds: How long it is expected to take.
+        saved: How much of that the rows take that were cancelled by now.
     """
-    return "any" if pace.patience > 0 and pace.expected(prompt_rows, other_rows) > _GO_ON_SECONDS else "all"
+
+    seconds: float
+    saved: float
+
+
+def parts_of(pace: Pace, n_ubatch: int, rows: Sequence[tuple[int, bool]]) -> list[Part]:
+    """The ubatches of a step, as if its rows were computed in their order.
+
+    Args:
+        pace: How long rows take.
+        n_ubatch: Rows of a ubatch.
+        rows: Of each request how many it has in the step, and whether it was cancelled. A single row takes no time of
+            its own: what it costs is what a step without prompts costs, be it one row or twenty.
+    """
+    n_parts = -(-sum(count for count, _ in rows) // n_ubatch)
+    singles, prompts, saved = [0] * n_parts, [0] * n_parts, [0] * n_parts
+    at = 0
+    for count, cancelled in rows:
+        end = at + count
+        while at < end:
+            i = at // n_ubatch
+            n = min(end, (i + 1) * n_ubatch) - at
+            if count == 1:
+                singles[i] += 1
+            else:
+                prompts[i] += n
+                saved[i] += n * cancelled
+            at += n
+    each = pace.row_seconds or 0.0
+    return [
+        Part(prompts[i] * each + (pace.step_seconds if singles[i] else 0.0), saved[i] * each) for i in range(n_parts)
+    ]
+
+
+def loss(parts: Sequence[Part], elapsed: float) -> float:
+    """Seconds that the others lose if a step is stopped now, and run again without the rows that were cancelled.
+
+    The part that is being computed is begun anew, but the cancelled rows are not in it any more. Below 0 the others are
+    done sooner than if the step went on.
+    """
+    for part in parts:
+        if elapsed <= part.seconds:
+            return elapsed - part.saved
+        elapsed -= part.seconds
+    return elapsed + sum(part.seconds - part.saved for part in parts[-1:])
+
+
+def grace(pace: Pace, parts: Sequence[Part], elapsed: float) -> float | None:
+    """How long a step may still take, now that some of its rows were cancelled.
+
+    It is stopped at once if that costs the others nothing. If it does, the step may end: soon, and if it is not going
+    to end soon, it is stopped, too, so that the slot is free and its client need not wait. A flood of cancels must not
+    keep the others from getting on, so no more than a tenth of the time is spent in this way.
+
+    Args:
+        pace: The patience that there is.
+        parts: What is computed at a time, in order.
+        elapsed: Seconds since the step began.
+
+    Returns:
+        Seconds after which it is to be stopped: 0 for now; None for never.
+    """
+    if loss(parts, elapsed) <= 0:
+        return 0.0
+    if pace.patience <= 0:
+        return None
+    left = end = 0.0
+    for part in parts:
+        begin, end = end, end + part.seconds
+        left += part.seconds - part.saved if begin > elapsed else max(end - elapsed, 0.0)
+    return 0.0 if left > _GO_ON_SECONDS else _GO_ON_SECONDS

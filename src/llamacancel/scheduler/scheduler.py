@@ -10,13 +10,13 @@ from . import policy
 from .cells import Cells
 from .plan import Action, Clear, Copy, Cut, Fault, Outcome, Plan, Rows
 from .policy import Limits, Pace
-from .prefix import MemoryRules, common_prefix, find_reuse
+from .prefix import MemoryRules, Reuse, common_prefix, find_reuse
 from .request import FinishReason, Request
 from .sequence import Sequence
 
 __all__ = ["Scheduler"]
 
-_LEAST_CHECKPOINT = 16  # tokens that a checkpoint must save to be worth its place
+_LEAST_CHECKPOINT = 16  # tokens that a checkpoint must save to be worth its place, or a prefix to be waited for
 _HEADROOM = 32  # cells that each running request should find free when another one joins
 
 
@@ -94,11 +94,31 @@ class Scheduler:
         if request is None:
             return False
         plan = self.in_flight
-        if plan is not None and (request in plan.embed or any(rows.request is request for rows in plan.rows)):
+        if plan is not None and request in plan.requests:
             request.ending = request.ending or ending
         else:
             self._finish(request, ending, now)
         return True
+
+    def grace(self, now: float) -> float | None:
+        """How long the step that is being computed may still take, now that some of its requests were cancelled.
+
+        Returns:
+            Seconds after which it is to be stopped, for the others to be run again: 0 for now. None if it may go on.
+        """
+        plan = self.in_flight
+        if plan is None or all(request.ending is None for request in plan.requests):
+            return None
+        return policy.grace(self.pace, self._parts(plan), now - plan.began)
+
+    def _parts(self, plan: Plan) -> list[policy.Part]:
+        if not plan.embed:
+            rows = [(rows.count, rows.request.ending is not None) for rows in plan.rows]
+            return policy.parts_of(self.pace, self.limits.n_ubatch, rows)
+        each = self.pace.embed_row_seconds or 0.0
+        total = sum(request.n_prompt for request in plan.embed)
+        gone = sum(request.n_prompt for request in plan.embed if request.ending is not None)
+        return [policy.Part(total * each, gone * each)]
 
     def find(self, request_id: str) -> Request | None:
         """The unfinished request of that name."""
@@ -176,7 +196,7 @@ class Scheduler:
     def plan(self, now: float) -> Plan:
         """The next step; empty if there is nothing to do. `commit()` must be told of one that is not."""
         assert self.in_flight is None, "the plan before was not committed"
-        plan = Plan()
+        plan = Plan(began=now)
         while not plan.rows:
             self._admit(now)
             if (self._embed_line and self._plan_embedding(plan, now)) or not self.active:
@@ -206,15 +226,16 @@ class Scheduler:
             rows -= request.n_prompt
             if request.suspect or len(plan.embed) == self.limits.embed_sequences:
                 break
-        if self.pace.patience > 0:
-            plan.abort_when = "any"
         return bool(plan.embed)
 
     def _plan_rows(self, plan: Plan, now: float) -> None:
         suspect = next((request for request in self.active.values() if request.suspect), None)
         running = [suspect] if suspect is not None else list(self.active.values())
         prompts = [request for request in running if request.rows_left > 1]
-        budget = policy.prompt_budget(self.limits, self.pace, len(running) - len(prompts)) if prompts else 0
+        budget = 0
+        if prompts:
+            wanted = sum(request.rows_left for request in prompts)
+            budget = policy.prompt_budget(self.limits, self.pace, len(running) - len(prompts), wanted)
         if self.rules.cells is not None:
             running, prompts, budget = self._make_room(running, prompts, budget, now)
         for request in running:
@@ -223,7 +244,6 @@ class Scheduler:
         plan.n_other_rows = len(plan.rows)
         if prompts:
             self._plan_prompts(plan, prompts, budget, now)
-        plan.abort_when = policy.abort_when(self.pace, plan.n_prompt_rows, plan.n_other_rows)
 
     def _plan_prompts(self, plan: Plan, prompts: list[Request], budget: int, now: float) -> None:
         prompts.sort(key=lambda request: (request.place, request.number))
@@ -249,13 +269,37 @@ class Scheduler:
     # -- slots
 
     def _admit(self, now: float) -> None:
-        while self.idle_slots and not (self._crowded and self.active):
+        """Give slots to the first in line. Who waits for a prefix, for a little, has its slot kept."""
+        later: list[tuple[float, int, Request]] = []
+        while self.idle_slots > len(later) and not (self._crowded and self.active):
             request = self._first(self._line)
             if request is None or not self._fits(request):
-                return
-            heapq.heappop(self._line)
+                break
+            entry = heapq.heappop(self._line)
+            reuse = find_reuse(self.rules, request.tokens, self.sequences, self.limits.slots)
+            assert reuse is not None
+            if self._is_on_its_way(request, reuse.length):
+                later.append(entry)
+                continue
             del self.queue[request.id]
-            self._give_slot(request, now)
+            self._give_slot(request, reuse, now)
+        for entry in later:
+            heapq.heappush(self._line, entry)
+
+    def _is_on_its_way(self, request: Request, held: int) -> bool:
+        """Whether a running prompt that begins alike is just computing what this one would compute, too.
+
+        Several answers to one prompt come at once, and so do many that begin with the same instructions.
+        """
+        if not self.limits.prefix_cache or not self.rules.cut or self.rules.copy != "part":
+            return False
+        least, most = held + _LEAST_CHECKPOINT, len(request.tokens) - 1
+        return any(
+            each.rows_left > 1
+            and each.priority >= request.priority
+            and common_prefix(request.tokens, each.tokens, most) >= least
+            for each in self.active.values()
+        )
 
     def _fits(self, request: Request) -> bool:
         """Whether there are cells for it beside those that run; what idle sequences hold can be taken."""
@@ -271,9 +315,7 @@ class Scheduler:
             )
         return used + coming + len(request.tokens) - shared + _headroom(request) <= self.rules.cells
 
-    def _give_slot(self, request: Request, now: float) -> None:
-        reuse = find_reuse(self.rules, request.tokens, self.sequences, self.limits.slots)
-        assert reuse is not None
+    def _give_slot(self, request: Request, reuse: Reuse, now: float) -> None:
         seq, source = reuse.slot, reuse.source
         if source is None:
             self._clear(seq)
@@ -404,7 +446,7 @@ class Scheduler:
             for request in plan.embed:
                 self._embedded(request, outcome, now)
             self._observe(plan, outcome)
-        for request in [rows.request for rows in plan.rows] + plan.embed:
+        for request in plan.requests:
             if request.state == "finished":
                 continue
             if request.id in outcome.failed:
@@ -415,10 +457,12 @@ class Scheduler:
                 self._finish(request, request.ending, now)
 
     def _observe(self, plan: Plan, outcome: Outcome) -> None:
-        n_rows = plan.n_prompt_rows + plan.n_other_rows
         if outcome.aborted:
-            self.pace.observe_stop(outcome.seconds * (1 - outcome.rows_done / n_rows if n_rows else 1))
-        elif plan.rows and outcome.rows_done == n_rows:
+            self.pace.observe_stop(max(policy.loss(self._parts(plan), outcome.seconds), 0.0))
+        elif plan.embed:
+            if len(outcome.embedded) == len(plan.embed):
+                self.pace.observe_embedding(sum(request.n_prompt for request in plan.embed), outcome.seconds)
+        elif plan.rows and outcome.rows_done == plan.n_prompt_rows + plan.n_other_rows:
             self.pace.observe(plan.n_prompt_rows, plan.n_other_rows, outcome.seconds)
 
     def _progress(self, rows: Rows, outcome: Outcome, now: float) -> None:
@@ -466,7 +510,7 @@ class Scheduler:
 
     def _fault(self, plan: Plan, outcome: Outcome, now: float) -> None:
         error = outcome.error or DecodeFailedError("the step failed")
-        requests = [rows.request for rows in plan.rows] + plan.embed
+        requests = plan.requests
         if outcome.fault is Fault.BROKEN:
             pass  # by a step before, for which somebody has answered
         elif outcome.fault is Fault.FULL and plan.rows:
