@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import sys
 import threading
+import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Any
@@ -34,14 +36,51 @@ __all__ = ["Engine", "Generation"]
 _REASON = "the asyncio task was cancelled"
 
 
+class _Bell:
+    """Wakes an event loop: once for all the requests that have news at the same time."""
+
+    _of_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Bell] = weakref.WeakKeyDictionary()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._with_news: deque[_Waiting] = deque()
+        self._rung = False  # a wake-up is on its way to the loop
+        self.ring = self._ring  # always the same object
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> _Bell:
+        """The bell of the running loop."""
+        bell = cls._of_loops.get(loop)
+        if bell is None:
+            bell = cls._of_loops[loop] = cls(loop)
+        return bell
+
+    def add(self, waiting: _Waiting) -> None:
+        """Have it woken with the next ring. From any thread."""
+        self._with_news.append(waiting)
+
+    def _ring(self) -> None:
+        loop = self._loop()
+        if self._with_news and not self._rung and loop is not None:
+            self._rung = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+                loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._rung = False
+        while self._with_news:
+            self._with_news.popleft().wake()
+
+
 class _Waiting:
     """Lets tasks of one event loop wait for news of a request."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._bell: _Bell | None = None
         self._futures: list[asyncio.Future[None]] = []
-        self._rung = False  # a wake-up is on its way to the loop
+        self._told = False  # the bell has it, and will wake it
 
     async def until(self, ready: Callable[[], bool]) -> None:
         """Waits. A task that is cancelled meanwhile ends the request first, and waits for its slot to be free."""
@@ -64,8 +103,8 @@ class _Waiting:
             return
         loop = asyncio.get_running_loop()
         if self._loop is None:
-            self._loop = loop
-            self._work.add_notify(self._ring)
+            self._loop, self._bell = loop, _Bell.of(loop)
+            self._work.add_notify(self._ring, self._bell.ring)
         elif self._loop is not loop:
             raise RuntimeError(f"{self._work!r} is waited for in another event loop")
         while not ready():
@@ -78,13 +117,13 @@ class _Waiting:
                 self._futures.remove(future)
 
     def _ring(self) -> None:
-        if not self._rung and self._loop is not None:
-            self._rung = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
-                self._loop.call_soon_threadsafe(self._wake)
+        if not self._told and self._bell is not None:
+            self._told = True
+            self._bell.add(self)
 
-    def _wake(self) -> None:
-        self._rung = False
+    def wake(self) -> None:
+        """Lets those who wait look again. On the event loop."""
+        self._told = False
         for future in self._futures:
             if not future.done():
                 future.set_result(None)

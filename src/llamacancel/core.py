@@ -57,7 +57,9 @@ class Core:
     def _main(self) -> None:
         try:
             while (plan := self._schedule()) is not None:
+                self._tell_all()
                 self._commit(self._run(plan))
+            self._tell_all()
         except BaseException as error:
             self._fail(error)
         finally:
@@ -80,8 +82,15 @@ class Core:
                 if self._news and not self._telling.locked():
                     break
                 self._wake.wait()
-        self._tell()
         return plan
+
+    def _tell_all(self) -> None:
+        """What a step has brought is told when the next one is planned: readers run while llama.cpp computes, and this
+        thread need not wait for the interpreter lock until they are done.
+        """
+        began = time.perf_counter()
+        self._tell()
+        self.commit_seconds += time.perf_counter() - began
 
     def _run(self, plan: Plan) -> Outcome | None:
         if not plan:
@@ -104,7 +113,6 @@ class Core:
                 request = self.scheduler.active.get(slot)
                 if request is not None and self.works[request.id]._notify:
                     self._news.append((self.works[request.id], None))
-        self._tell()
         self.commit_seconds += time.perf_counter() - began
 
     def _fail(self, error: BaseException) -> None:
@@ -285,6 +293,7 @@ class Core:
         """
         while self._news and self._telling.acquire(blocking=False):
             try:
+                afterwards: dict[Callable[[], object], None] = {}
                 while self._news:
                     work, view = self._news.popleft()
                     if view is not None:
@@ -293,6 +302,10 @@ class Core:
                     if view is None or view.state == "finished":
                         for entry in tuple(work._notify):
                             _call(entry.fn)
+                            if entry.after is not None:
+                                afterwards[entry.after] = None
+                for after in afterwards:
+                    _call(after)
             finally:
                 self._telling.release()
 

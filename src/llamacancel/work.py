@@ -30,10 +30,13 @@ def ending_of(token: CancelToken) -> Any:
 class Registration:
     """A function that is called until `remove()`."""
 
-    __slots__ = ("_list", "fn")
+    __slots__ = ("_list", "after", "fn")
 
-    def __init__(self, fn: Callable[..., object], entries: list[Registration]) -> None:
+    def __init__(
+        self, fn: Callable[..., object], entries: list[Registration], after: Callable[[], object] | None = None
+    ) -> None:
         self.fn = fn
+        self.after = after
         self._list = entries
         entries.append(self)
 
@@ -164,14 +167,21 @@ class Work:
         """
         return self._await(lambda: self.ended, timeout)
 
-    def add_notify(self, fn: Callable[[], object]) -> Registration:
+    def add_notify(self, fn: Callable[[], object], after: Callable[[], object] | None = None) -> Registration:
         """Have `fn()` called when there is something new to read, or the end has come; at once if that is so now.
 
         It is called by the engine's thread or by one that cancels, never two at a time, and must not block.
+
+        Args:
+            fn: What is called.
+            after: Called afterwards, too; once for all the requests that have news at the same time and the same
+                `after`.
         """
-        entry = Registration(fn, self._notify)
+        entry = Registration(fn, self._notify, after)
         if self.ended or self.readable:
             fn()
+            if after is not None:
+                after()
         return entry
 
     def __enter__(self: W) -> W:

@@ -331,6 +331,34 @@ def test_news_that_come_faster_than_the_loop_turns_ring_once() -> None:
     run(main)
 
 
+def test_requests_that_have_news_at_the_same_time_wake_their_loop_together() -> None:
+    async def main() -> None:
+        async with aengine(slots=4) as e:
+            loop, rings, news = asyncio.get_running_loop(), 0, 0
+            call = loop.call_soon_threadsafe
+
+            def counted(fn: Callable[..., object], *args: Any, **how: Any) -> asyncio.Handle:
+                nonlocal rings
+                rings += 1
+                return call(fn, *args, **how)
+
+            async def read(generation: aio.Generation) -> None:
+                nonlocal news
+                async for _ in generation:
+                    news += 1
+
+            with Gate(e.engine):
+                works = [e.submit(ids(5, i), sampler=endless(), max_tokens=40) for i in range(4)]
+                tasks = [asyncio.ensure_future(read(work)) for work in works]
+                await asyncio.sleep(0)
+            loop.call_soon_threadsafe = counted  # type: ignore[method-assign, assignment]
+            await asyncio.gather(*tasks)
+            assert news > 100
+            assert rings < news / 2, "steps of four"
+
+    run(main)
+
+
 def test_thousands_of_waiting_tasks_take_no_threads() -> None:
     async def main() -> None:
         async with aengine(slots=1, queue_limit=3000) as e:

@@ -34,6 +34,8 @@ class EventsResponse(Response):
         changed, over = asyncio.Event(), asyncio.Event()
 
         def notify(_: object) -> None:
+            if changed.is_set():
+                return
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(changed.set)
 
