@@ -259,6 +259,8 @@ CONTEXT = [
 
 
 DEEP = "root ::= " + 100_000 * "(" + '"a"' + 100_000 * ")"
+CHAIN = "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(400_000)) + 'r400000 ::= "x"'
+FORKS = "root ::= r0\n" + "".join(f'r{i} ::= r{i + 1} "a" | r{i + 1} "b"\n' for i in range(60)) + 'r60 ::= "x"'
 SAMPLER = [
     *(Case(f"sampler: {name} = {value!r}", kind, words or name, _sampler(**{name: value})) for name, value, kind, words in [
         ("temperature", math.nan, ValueError, ""), ("temperature", "hot", TypeError, ""), ("top_k", -1, ValueError, ""),
@@ -279,6 +281,8 @@ SAMPLER = [
         ("grammar", "a\0b", ValueError, "grammar zero"), ("grammar", b"root ::= x", ValueError, "grammar text"),
         ("grammar", 'root ::= "\ud800"', ValueError, "grammar")]),
     Case("sampler: a grammar nested very deep", ValueError, "grammar nested", lambda w: lc.Sampler(model=w.model, grammar=DEEP)),
+    Case("sampler: a very long chain of rules", ValueError, "grammar chain", lambda w: lc.Sampler(model=w.model, grammar=CHAIN)),
+    Case("sampler: rules that fork sixty times", ValueError, "grammar ways", lambda w: lc.Sampler(model=w.model, grammar=FORKS)),
     Case("sampler: an argument that is none", TypeError, "heat", _sampler(heat=1)),
     Case("sampler: positional", TypeError, "positional", lambda w: lc.Sampler(0.5)),
     Case("sampler: a model that is none", TypeError, "Model", lambda w: lc.Sampler(model="model")),

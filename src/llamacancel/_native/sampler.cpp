@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
+#include <vector>
 
 #include "llama-grammar.h"
 
@@ -44,6 +45,82 @@ void check_text(const std::string & text) {
     }
 }
 
+// How llama.cpp looks for rules that begin with themselves: it follows the rules that a rule may begin with, each as
+// deep as it goes, and again wherever it is named. A long chain would end its stack, and forty rules that name the next
+// one twice would keep it busy for days. Here each rule is followed once, and what llama.cpp would do is counted.
+class Beginnings {
+public:
+    explicit Beginnings(const llama_grammar_rules & rules)
+        : rules_(rules), steps_(rules.size(), 0), open_(rules.size(), false) {
+        for (const llama_grammar_rule & rule : rules) {
+            may_be_empty_.push_back(has_empty_alternative(rule));
+        }
+    }
+
+    void check() {
+        uint64_t total = 0;
+        for (uint32_t id = 0; id < rules_.size(); ++id) {
+            if (steps_[id] == 0) {
+                add(total, steps_of(id, 0));
+            }
+        }
+    }
+
+private:
+    static constexpr size_t kDeepest = 1000;
+    static constexpr uint64_t kMostSteps = 1'000'000;
+
+    static void add(uint64_t & total, uint64_t steps) {
+        total += steps;
+        if (total > kMostSteps) {
+            throw std::runtime_error("its rules begin with each other in too many ways");
+        }
+    }
+
+    static bool ends(const llama_grammar_element & element) {
+        return element.type == LLAMA_GRETYPE_END || element.type == LLAMA_GRETYPE_ALT;
+    }
+
+    static bool has_empty_alternative(const llama_grammar_rule & rule) {
+        bool at_start = true;
+        for (const llama_grammar_element & element : rule) {
+            if (ends(element) && at_start) {
+                return true;
+            }
+            at_start = ends(element);
+        }
+        return false;
+    }
+
+    uint64_t steps_of(uint32_t id, size_t depth) {
+        if (depth > kDeepest) {
+            throw std::runtime_error("a chain of more than " + std::to_string(kDeepest) +
+                                     " rules, each of which begins with the next");
+        }
+        if (steps_[id] != 0 || open_[id]) {
+            return std::max<uint64_t>(steps_[id], 1);  // one that begins with itself is llama.cpp's to tell
+        }
+        open_[id] = true;
+        uint64_t steps = 1;
+        bool at_beginning = true;
+        for (const llama_grammar_element & element : rules_[id]) {
+            if (element.type == LLAMA_GRETYPE_RULE_REF && at_beginning) {
+                add(steps, steps_of(element.value, depth + 1));
+                at_beginning = may_be_empty_[element.value];
+            } else {
+                at_beginning = ends(element);
+            }
+        }
+        open_[id] = false;
+        return steps_[id] = steps;
+    }
+
+    const llama_grammar_rules & rules_;
+    std::vector<uint64_t> steps_;  // of those that were followed
+    std::vector<bool> open_;       // those that are being followed
+    std::vector<bool> may_be_empty_;
+};
+
 // llama_grammar_parser::parse() prints what is wrong to stderr. We ask its parts, which throw.
 void check_grammar(const llama_vocab * vocab, const std::string & text, const std::string & root) {
     check_text(text);
@@ -63,6 +140,7 @@ void check_grammar(const llama_vocab * vocab, const std::string & text, const st
     if (parser.symbol_ids.count(root) == 0) {
         throw std::runtime_error("it has no rule '" + root + "' to begin with");
     }
+    Beginnings(parser.rules).check();
 }
 
 }  // namespace
