@@ -219,13 +219,14 @@ class Runner:
             sequence = told[rows.slot]
             request = rows.request
             work = cast(Generation, self.works[request.id])
-            if sequence.cancelled and work._token.cancelled:
+            cancelled = sequence.cancelled and work._token.cancelled  # itself, and not only with the step
+            if cancelled:
                 outcome.cancelled[request.id] = ending_of(work._token)
             if sequence.state == "dirty":
                 self._lose(rows.slot, outcome)
                 continue
             outcome.held[rows.slot] = sequence.end
-            if not rows.output or sequence.cancelled or sequence.end < rows.start + rows.count:
+            if not rows.output or cancelled or sequence.end < rows.start + rows.count:
                 continue
             try:
                 token, stops = work._choose(self.context, row)

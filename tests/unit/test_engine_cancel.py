@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 import llamacancel as lc
@@ -162,6 +165,29 @@ def test_a_long_step_is_stopped_for_a_cancel_and_run_again_without_it(arch: str)
     assert victim.finish_reason == "cancelled"
     assert plans[0] == [(victim.id, 0), (other.id, 0)]
     assert plans[1] == [(other.id, 0)], "it was stopped before its first row"
+
+
+@pytest.mark.parametrize("arch", GENERATIVE)
+def test_who_was_through_before_a_step_was_stopped_has_its_token(arch: str) -> None:
+    prompt = ids(12, 1)
+    with engine(arch, n_ubatch=8, step_seconds=None) as e:
+        runner, steps = e._core.runner, []
+        compute = runner._compute
+
+        def stopping(*args: Any, **how: Any) -> lc.DecodeResult:
+            steps.append([(rows.request.id, rows.start) for rows in e._core.scheduler.in_flight.rows])
+            if len(steps) > 1:
+                return compute(*args, **how)
+            result = compute(*args, **how)
+            runner.stop.cancel()  # as if it came when only others had rows left
+            told = {seq: dataclasses.replace(one, cancelled=True) for seq, one in result.sequences.items()}
+            return dataclasses.replace(result, sequences=told)
+
+        runner._compute = stopping  # type: ignore[method-assign]
+        other = e.submit(prompt, max_tokens=3, sampler=greedy(), logprobs=2)
+        other.result(60)
+    assert steps[:2] == [[(other.id, 0)], [(other.id, len(prompt))]]
+    assert same_answer(arch, other, answer(arch, prompt, 3))
 
 
 def test_a_step_that_should_end_soon_and_does_not_is_stopped_when_its_grace_is_over() -> None:

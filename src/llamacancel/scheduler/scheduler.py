@@ -479,6 +479,7 @@ class Scheduler:
             return
         sampled = outcome.sampled.get(rows.slot)
         if sampled is None:
+            assert not rows.output or held < len(request.tokens), "a row was computed, and no token was chosen from it"
             return
         request.tokens.append(sampled.token)
         if request.state != "decode":
