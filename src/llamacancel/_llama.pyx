@@ -61,9 +61,11 @@ def build_info():
     """How the library was built: llama.cpp's version, its CPU features, and the devices that it sees.
 
     Returns:
-        A dict: llama_cpp, system, gpu_offload, rpc, devices (each with name, description, memory in bytes).
+        A dict: llama_cpp, system, gpu_offload, rpc, backends (names; whether there is a device for them or not),
+        devices (each with name, description, memory in bytes, and kind: "cpu", "gpu", "igpu", "accel" or "meta").
     """
     cdef size_t free, total
+    backends = [ggml_backend_reg_name(ggml_backend_reg_get(i)).decode() for i in range(ggml_backend_reg_count())]
     devices = []
     for i in range(ggml_backend_dev_count()):
         device = ggml_backend_dev_get(i)
@@ -72,12 +74,14 @@ def build_info():
             "name": ggml_backend_dev_name(device).decode("utf-8", "replace"),
             "description": ggml_backend_dev_description(device).decode("utf-8", "replace"),
             "memory": total,
+            "kind": ("cpu", "gpu", "igpu", "accel", "meta")[<int> ggml_backend_dev_type(device)],
         })
     return {
         "llama_cpp": llama_version().decode("utf-8", "replace"),
         "system": llama_print_system_info().decode("utf-8", "replace"),
         "gpu_offload": llama_supports_gpu_offload(),
         "rpc": llama_supports_rpc(),
+        "backends": backends,
         "devices": devices,
     }
 

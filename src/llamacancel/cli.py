@@ -78,11 +78,10 @@ def _info(_: argparse.Namespace) -> int:
     from . import __version__, build_info
 
     info = build_info()
-    backends = [name for name, there in (("GPU offload", info["gpu_offload"]), ("RPC", info["rpc"])) if there]
     print(f"llamacancel {__version__}")
     print(f"llama.cpp   {info['llama_cpp']}")
     print(f"CPU         {info['system']}")
-    print(f"backends    {', '.join(['CPU', *backends])}")
+    print(f"backends    {', '.join(reversed(info['backends']))}")
     for device in info["devices"]:
         memory = f", {device['memory'] / 2**30:.1f} GiB" if device["memory"] else ""
         print(f"device      {device['name']}: {device['description']}{memory}")

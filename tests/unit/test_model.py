@@ -276,6 +276,8 @@ def test_an_adapter_of_one_context_leaves_the_others_alone(
 def test_how_the_library_was_built_is_told() -> None:
     info = lc.build_info()
     assert info["devices"]
-    assert {"name", "description", "memory"} == set(info["devices"][0])
+    assert {"name", "description", "memory", "kind"} == set(info["devices"][0])
+    assert "cpu" in {device["kind"] for device in info["devices"]}
+    assert "CPU" in info["backends"]
     assert isinstance(info["llama_cpp"], str)
     assert isinstance(info["gpu_offload"], bool)

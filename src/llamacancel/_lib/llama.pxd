@@ -14,10 +14,16 @@ cdef extern from "ggml.h" nogil:
 cdef extern from "ggml-backend.h" nogil:
     struct ggml_backend_device
     ctypedef ggml_backend_device * ggml_backend_dev_t
+    struct ggml_backend_reg
+    ctypedef ggml_backend_reg * ggml_backend_reg_t
+    size_t ggml_backend_reg_count()
+    ggml_backend_reg_t ggml_backend_reg_get(size_t index)
+    const char * ggml_backend_reg_name(ggml_backend_reg_t reg)
     size_t ggml_backend_dev_count()
     ggml_backend_dev_t ggml_backend_dev_get(size_t index)
     const char * ggml_backend_dev_name(ggml_backend_dev_t device)
     const char * ggml_backend_dev_description(ggml_backend_dev_t device)
+    int ggml_backend_dev_type(ggml_backend_dev_t device)
     void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t * free, size_t * total)
 
 
