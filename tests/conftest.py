@@ -11,6 +11,8 @@ import pytest
 import llamacancel as lc
 from llamacancel.make_model import cached_model
 
+from . import device
+
 # Every kind of memory that there is, by the architecture whose tiny model has it.
 GENERATIVE = ["llama", "swa", "mamba", "hybrid", "moe"]
 
@@ -30,7 +32,7 @@ def model_of(model_path: Callable[[str], Path]) -> Iterator[Callable[[str], lc.M
 
     def load(arch: str) -> lc.Model:
         if arch not in models:
-            models[arch] = lc.Model.load(model_path(arch))
+            models[arch] = device.load(model_path(arch))
         return models[arch]
 
     yield load
@@ -44,7 +46,7 @@ def new_context(model_of: Callable[[str], lc.Model]) -> Iterator[Callable[..., l
     contexts: list[lc.Context] = []
 
     def make(arch: str, **params: object) -> lc.Context:
-        settings: dict[str, object] = {"n_ctx": 1024, "n_ubatch": 32, "n_threads": 1, **params}
+        settings: dict[str, object] = {"n_ctx": 1024, "n_ubatch": 32, "n_threads": 1, **device.CONTEXT, **params}
         context = model_of(arch).context(**settings)
         contexts.append(context)
         return context

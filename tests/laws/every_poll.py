@@ -22,6 +22,7 @@ import numpy as np
 
 import llamacancel as lc
 from llamacancel.make_model import cached_model
+from tests.device import CONTEXT, load
 from tests.laws.clock import NEVER, deadline_at, readings_of
 from tests.laws.words import (
     batch,
@@ -219,7 +220,7 @@ class Sweep:
 
     def __init__(self, model: lc.Model, params: dict[str, Any], past: Callable[[lc.Context], Any]) -> None:
         self.model = model
-        self.params = {"n_ctx": 1024, "n_ubatch": 8, "n_threads": 1, **params}
+        self.params = {"n_ctx": 1024, "n_ubatch": 8, "n_threads": 1, **CONTEXT, **params}
         self.past = past
         self.problems: list[str] = []
         self.cancels = 0
@@ -494,7 +495,7 @@ def _four_of_three(context: lc.Context) -> None:
 
 
 def main(arch: str) -> None:
-    model = lc.Model.load(cached_model(arch, "tiny"))
+    model = load(cached_model(arch, "tiny"))
 
     def tell(kind: str, name: str, work: Callable[[], dict[str, Any]]) -> None:
         try:

@@ -10,6 +10,7 @@ import pytest
 
 import llamacancel as lc
 from tests.conftest import GENERATIVE
+from tests.device import CONTEXT, load
 
 from .clock import Flight, in_the_middle, readings_of
 from .words import (
@@ -108,9 +109,9 @@ def test_a_cancel_after_the_load_does_not_reach_the_model(
 ) -> None:
     token = lc.CancelToken()
     rows = batch((tokens(40), 0, 0))
-    with lc.Model.load(model_path(arch), token=token) as model:
+    with load(model_path(arch), token=token) as model:
         assert token.cancel("too late")
-        with model.context(n_ctx=1024, n_ubatch=32, n_threads=1) as context:
+        with model.context(n_ctx=1024, n_ubatch=32, n_threads=1, **CONTEXT) as context:
             assert same_bits(decode(context, rows, lc.CancelToken()), decode(new_context(arch), rows))
 
 
@@ -166,7 +167,7 @@ def test_a_load_under_a_cancelled_token_does_not_begin(model_path: ModelPath) ->
         for token in stale():
             shares: list[float] = []
             with pytest.raises(lc.LoadCancelled) as caught:
-                lc.Model.load(model_path(arch), progress=shares.append, token=token)
+                load(model_path(arch), progress=shares.append, token=token)
             assert caught.value.cause is token.cause
             assert shares == []
 

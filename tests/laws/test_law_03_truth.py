@@ -10,6 +10,7 @@ import pytest
 
 import llamacancel as lc
 from tests.conftest import GENERATIVE
+from tests.device import load
 
 from .clock import FAR, Flight, deadline_at, readings_of
 from .words import (
@@ -111,7 +112,7 @@ def test_a_load_and_a_state_tell_the_truth_too(
     token = lc.CancelToken()
     token.cancel("they left", cause=cause)
     calls: dict[str, Callable[[lc.CancelToken], object]] = {
-        "load": lambda token: lc.Model.load(model_path("llama"), token=token),
+        "load": lambda token: load(model_path("llama"), token=token),
         "saving": lambda token: context.state.save(0, token),
         "loading": lambda token: context.state.load(0, saved, token),
     }

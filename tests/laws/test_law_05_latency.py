@@ -11,6 +11,7 @@ import pytest
 
 import llamacancel as lc
 from tests.conftest import GENERATIVE
+from tests.device import GPU_LAYERS
 
 from .clock import FAR, Clock, Flight, deadline_at, in_the_middle, readings_of
 from .words import NewContext, batch, cancelled, dead, decode, one_more, outputs, same_bits, tokens
@@ -52,7 +53,8 @@ def test_an_explicit_n_ubatch_is_honoured(n_ubatch: int, new_context: NewContext
     for arch in GENERATIVE:
         context = new_context(arch, n_ubatch=n_ubatch, cancel_latency=0.001)
         assert context.n_ubatch == context.latency_plan.n_ubatch == n_ubatch
-        assert context.latency_plan.target is None
+        if not GPU_LAYERS:  # where a graph goes in pieces, the aim says in how many
+            assert context.latency_plan.target is None
         result = context.decode(batch((tokens(70), 0, 0)))
         assert result.n_ubatches == math.ceil(70 / n_ubatch)
 

@@ -13,6 +13,7 @@ import pytest
 
 import llamacancel as lc
 from tests.conftest import GENERATIVE, TEXT
+from tests.device import CONTEXT, load
 
 from .clock import NEVER, Clock, Flight, deadline_at, in_the_middle, readings_of
 from .words import (
@@ -64,7 +65,7 @@ def test_a_load_is_cancelled_by_another_thread_or_a_deadline_at_any_moment(
 ) -> None:
     for arch in ("llama", "hybrid", "embedding"):
         cancelled_throughout(
-            lambda token, arch=arch: lc.Model.load(model_path(arch), token=token, use_mmap=use_mmap).close())
+            lambda token, arch=arch: load(model_path(arch), token=token, use_mmap=use_mmap).close())
 
 
 @pytest.mark.parametrize(("arch", "use_mmap"), [("llama", True), ("llama", False), ("hybrid", True), ("encdec", True)])
@@ -72,7 +73,7 @@ def test_a_load_can_be_cancelled_at_each_step_of_its_progress(
     arch: str, use_mmap: bool, model_path: ModelPath
 ) -> None:
     shares: list[float] = []
-    lc.Model.load(model_path(arch), progress=shares.append, use_mmap=use_mmap).close()
+    load(model_path(arch), progress=shares.append, use_mmap=use_mmap).close()
     assert shares == sorted(shares)
     assert 0 <= shares[0] <= shares[-1] == 1.0
     for step in range(0, len(shares) - 1, max(1, len(shares) // 5)):
@@ -84,7 +85,7 @@ def test_a_load_can_be_cancelled_at_each_step_of_its_progress(
                 token.cancel("seen enough")
 
         with pytest.raises(lc.LoadCancelled, match="seen enough") as caught:
-            lc.Model.load(model_path(arch), progress=report, token=token, use_mmap=use_mmap)
+            load(model_path(arch), progress=report, token=token, use_mmap=use_mmap)
         assert caught.value.cause is lc.Cause.CLIENT
         assert len(seen) <= step + 2
         assert step > 0 or len(seen) == 1
@@ -95,7 +96,7 @@ def test_a_load_whose_progress_raises_stops_with_that_exception(model_path: Mode
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        lc.Model.load(model_path("llama"), progress=report, token=lc.CancelToken())
+        load(model_path("llama"), progress=report, token=lc.CancelToken())
 
 
 @pytest.mark.parametrize("arch", ["llama", "hybrid"])
@@ -104,11 +105,11 @@ def test_a_model_loaded_after_a_cancelled_load_gives_the_same_bits(
 ) -> None:
     token = far()
     with deadline_at(30), pytest.raises(lc.LoadCancelled):
-        lc.Model.load(model_path(arch), token=token)
+        load(model_path(arch), token=token)
     rows = batch((tokens(20), 0, 0))
     with (
-        lc.Model.load(model_path(arch), token=lc.CancelToken()) as model,
-        model.context(n_ctx=1024, n_ubatch=32, n_threads=1) as context,
+        load(model_path(arch), token=lc.CancelToken()) as model,
+        model.context(n_ctx=1024, n_ubatch=32, n_threads=1, **CONTEXT) as context,
     ):
         assert same_bits(decode(context, rows), decode(new_context(arch), rows))
 
@@ -361,8 +362,8 @@ def test_many_threads_take_turns_under_their_tokens(arch: str, pair: Pair) -> No
 def test_one_deadline_covers_a_load_and_the_calls_after_it(model_path: ModelPath) -> None:
     token = far()
     with (
-        lc.Model.load(model_path("llama"), token=token) as model,
-        model.context(n_ctx=1024, n_ubatch=8, n_threads=1) as context,
+        load(model_path("llama"), token=token) as model,
+        model.context(n_ctx=1024, n_ubatch=8, n_threads=1, **CONTEXT) as context,
     ):
         rows = batch((tokens(60), 0, 0), logits="none")
         context.decode(rows, token)
@@ -372,7 +373,7 @@ def test_one_deadline_covers_a_load_and_the_calls_after_it(model_path: ModelPath
         with pytest.raises(lc.DeadlineExceeded):
             context.state.save(0, token)
         with pytest.raises(lc.LoadCancelled) as caught:
-            lc.Model.load(model_path("llama"), token=token)
+            load(model_path("llama"), token=token)
         assert caught.value.cause is lc.Cause.DEADLINE
 
 

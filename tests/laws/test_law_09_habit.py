@@ -11,6 +11,7 @@ import pytest
 
 import llamacancel as lc
 from tests.conftest import GENERATIVE
+from tests.device import CONTEXT, load
 
 from .clock import Clock, deadline_at
 from .words import (
@@ -36,6 +37,7 @@ _BEGIN = """
 import os, signal, sys, threading, time
 import llamacancel as lc
 from llamacancel.make_model import cached_model
+from tests.device import *
 from tests.laws.clock import *
 from tests.laws.words import *
 
@@ -43,8 +45,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the bac
 rows = batch((tokens(100, 1), 30, 0), logits="last")
 
 def pair(arch):
-    model = lc.Model.load(cached_model(arch, "tiny"))
-    contexts = [model.context(n_ctx=1024, n_ubatch=8, n_threads=1) for _ in range(2)]
+    model = load(cached_model(arch, "tiny"))
+    contexts = [model.context(n_ctx=1024, n_ubatch=8, n_threads=1, **CONTEXT) for _ in range(2)]
     for context in contexts:
         context.decode(batch((tokens(30), 0, 0)))
     model.close()  # the contexts live on
@@ -164,7 +166,7 @@ def test_ctrl_c_stops_a_load_and_the_wait_for_a_busy_context() -> None:
             shares.append(share)
             signal.raise_signal(signal.SIGINT)
         try:
-            lc.Model.load(cached_model("llama", "tiny"), progress=progress)
+            load(cached_model("llama", "tiny"), progress=progress)
             raise SystemExit("not interrupted")
         except KeyboardInterrupt:
             pass
@@ -275,8 +277,8 @@ assert before == [signal.getsignal(number) for number in signal.valid_signals()]
 def test_a_with_block_closes_also_after_a_cancel(model_path: ModelPath) -> None:
     with (
         pytest.raises(lc.DecodeCancelled),
-        lc.Model.load(model_path("llama")) as model,
-        model.context(n_ctx=256, n_threads=1) as context,
+        load(model_path("llama")) as model,
+        model.context(n_ctx=256, n_threads=1, **CONTEXT) as context,
     ):
         context.decode(batch((tokens(8), 0, 0)), dead())
     assert model.closed

@@ -17,6 +17,7 @@ import pytest
 
 import llamacancel as lc
 from tests.conftest import GENERATIVE
+from tests.device import CONTEXT, load
 from tests.unit.test_damaged_files import small_model
 
 from .clock import NEVER, Clock, Flight, deadline_at, readings_of
@@ -38,7 +39,7 @@ from .words import (
 
 pytestmark = pytest.mark.timeout(1800)  # on a slow and busy machine
 
-SMALL: dict[str, Any] = {"n_ctx": 256, "n_ubatch": 8, "n_threads": 1}
+SMALL: dict[str, Any] = {"n_ctx": 256, "n_ubatch": 8, "n_threads": 1, **CONTEXT}
 
 
 # ---- close -----------------------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ SMALL: dict[str, Any] = {"n_ctx": 256, "n_ubatch": 8, "n_threads": 1}
 def test_closing_in_any_order_is_safe(arch: str, model_path: ModelPath) -> None:
     orders = list(itertools.permutations(["model", "one", "two"]))
     for order in orders if arch == "llama" else orders[:3:2]:
-        model = lc.Model.load(model_path(arch))
+        model = load(model_path(arch))
         things: dict[str, Any] = {"model": model, "one": model.context(**SMALL), "two": model.context(**SMALL)}
         for name in ("one", "two"):
             things[name].decode(batch((tokens(20), 0, 0)))
@@ -65,7 +66,7 @@ def test_closing_in_any_order_is_safe(arch: str, model_path: ModelPath) -> None:
 def test_a_context_outlives_its_model_and_the_last_name_of_it(
     arch: str, model_path: ModelPath, new_context: NewContext
 ) -> None:
-    model = lc.Model.load(model_path(arch))
+    model = load(model_path(arch))
     with model.context(**SMALL) as context:
         model.close()
         del model
@@ -101,7 +102,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
 def test_every_public_method_and_property_of_a_closed_object_says_that_it_is_closed(
     model_path: ModelPath, tmp_path: Path
 ) -> None:
-    model = lc.Model.load(model_path("llama"))
+    model = load(model_path("llama"))
     context = model.context(**SMALL, n_seq_max=2)
     context.decode(batch((tokens(4), 0, 0)))
     memory, state = context.memory, context.state
@@ -148,12 +149,13 @@ def test_a_call_that_waits_for_a_context_which_is_closed_meanwhile_is_told_so() 
     ran = run_python("""
 import llamacancel as lc
 from llamacancel.make_model import cached_model
+from tests.device import *
 from tests.laws.clock import *
 from tests.laws.words import *
-model = lc.Model.load(cached_model("llama", "tiny"))
+model = load(cached_model("llama", "tiny"))
 seen = set()
 for turn in range(12):
-    context = model.context(n_ctx=1024, n_ubatch=8, n_threads=1)
+    context = model.context(n_ctx=1024, n_ubatch=8, n_threads=1, **CONTEXT)
     active = Flight(lambda: context.decode(batch((tokens(60), 0, 0), logits="last"), far()))
     waiting = [Flight(call, at=NEVER) for call in (
         lambda: context.state.save(0, far()),
@@ -181,9 +183,10 @@ def test_a_main_thread_that_waits_for_a_context_does_not_wait_for_ever() -> None
 import threading
 import llamacancel as lc
 from llamacancel.make_model import cached_model
+from tests.device import *
 from tests.laws.words import *
-model = lc.Model.load(cached_model("llama", "tiny"))
-context = model.context(n_ctx=1024, n_ubatch=8, n_threads=1)
+model = load(cached_model("llama", "tiny"))
+context = model.context(n_ctx=1024, n_ubatch=8, n_threads=1, **CONTEXT)
 over = False
 def busy():
     while not over:
@@ -225,7 +228,7 @@ def test_cycles_through_everything_are_collected(arch: str, model_path: ModelPat
         warnings.simplefilter("ignore", ResourceWarning)
         for _ in range(5):
             holder, token = Holder(), lc.CancelToken()
-            holder.model = lc.Model.load(model_path(arch))
+            holder.model = load(model_path(arch))
             holder.context = holder.model.context(**SMALL)
             holder.parts = (holder.context.memory, holder.context.state, batch(([5], 0, 0)), token.child())
             holder.handle = token.add_callback(lambda holder=holder: holder)
@@ -250,7 +253,7 @@ def test_dropping_a_token_in_the_middle_of_its_call_is_safe(new_context: NewCont
 
 
 def test_an_objects_parts_keep_it_alive(model_path: ModelPath) -> None:
-    memory = lc.Model.load(model_path("llama")).context(**SMALL).memory
+    memory = load(model_path("llama")).context(**SMALL).memory
     gc.collect()
     assert memory.pos_max(0) == -1
     with pytest.warns(ResourceWarning, match="unclosed"):
@@ -259,7 +262,7 @@ def test_an_objects_parts_keep_it_alive(model_path: ModelPath) -> None:
 
 def test_an_exception_needs_nothing_to_be_alive(model_path: ModelPath) -> None:
     token = lc.CancelToken()
-    with lc.Model.load(model_path("llama")) as model, model.context(**SMALL) as context:
+    with load(model_path("llama")) as model, model.context(**SMALL) as context:
         token.cancel("because")
         error = cancelled(context, batch((tokens(8), 0, 0)), token)
     del model, context, token
@@ -275,10 +278,11 @@ EXIT = """
 import sys, threading
 import llamacancel as lc
 from llamacancel.make_model import cached_model
+from tests.device import *
 from tests.laws.clock import *
 from tests.laws.words import *
-model = lc.Model.load(cached_model(sys.argv[1], "tiny"))
-context = model.context(n_ctx=2048, n_ubatch=8, n_threads=1)
+model = load(cached_model(sys.argv[1], "tiny"))
+context = model.context(n_ctx=2048, n_ubatch=8, n_threads=1, **CONTEXT)
 token, daemon = far(), sys.argv[2] == "daemon"
 token.add_callback(lambda: None)
 rows = batch(([1], 0, 0))
@@ -320,12 +324,13 @@ def test_an_exit_with_everything_open_crashes_nothing() -> None:
 import warnings
 import llamacancel as lc
 from llamacancel.make_model import cached_model
+from tests.device import *
 from tests.laws.words import *
 warnings.simplefilter("ignore")
 keep = []
 for arch in {GENERATIVE}:
-    model = lc.Model.load(cached_model(arch, "tiny"))
-    context = model.context(n_ctx=256, n_ubatch=8, n_threads=1)
+    model = load(cached_model(arch, "tiny"))
+    context = model.context(n_ctx=256, n_ubatch=8, n_threads=1, **CONTEXT)
     context.decode(batch((tokens(15), 0, 0)))
     keep.append([context.memory, context.state, [model], keep])
 """)
@@ -341,11 +346,12 @@ import os, sys, gc, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 import llamacancel as lc
 from llamacancel.make_model import cached_model
+from tests.device import *
 from tests.laws.clock import *
 from tests.laws.words import *
 path = cached_model(sys.argv[1], "tiny")
-model = lc.Model.load(path)
-context, other = (model.context(n_ctx=1024, n_ubatch=8, n_threads=1) for _ in range(2))
+model = load(path)
+context, other = (model.context(n_ctx=1024, n_ubatch=8, n_threads=1, **CONTEXT) for _ in range(2))
 rows = batch((tokens(60), 0, 0), logits="last")
 flight = Flight(lambda: decode(context, rows, far()))
 children = []
@@ -357,7 +363,7 @@ for turn in range(4):
             wrong = []
             for use in (lambda: other.decode(batch(([5], 0, 0))), lambda: context.decode(rows, lc.CancelToken()),
                         lambda: other.memory.clear(), lambda: other.state.save(0), lambda: model.tokenize("a"),
-                        lambda: other.logits(), lambda: lc.Model.load(path), lambda: model.context(n_ctx=256)):
+                        lambda: other.logits(), lambda: load(path), lambda: model.context(n_ctx=256)):
                 try:
                     use()
                     wrong.append(use)
@@ -385,9 +391,10 @@ def test_a_child_forked_before_the_first_load_may_load() -> None:
 import os
 import llamacancel as lc
 from llamacancel.make_model import cached_model
+from tests.device import *
 from tests.laws.words import *
 child = os.fork()
-with lc.Model.load(cached_model("llama", "tiny")) as model, model.context(n_ctx=256, n_threads=1) as context:
+with load(cached_model("llama", "tiny")) as model, model.context(n_ctx=256, n_threads=1, **CONTEXT) as context:
     decode(context, batch((tokens(9), 0, 0)))
     assert cancelled(context, batch((tokens(9), 9, 0)), dead())
 if child:
@@ -435,7 +442,7 @@ def test_memory_stays_flat_over_a_thousand_loads(arch: str, quick_model_path: Ca
     def step() -> None:
         turn, token = next(turns), far()
         with (
-            lc.Model.load(path, use_mmap=turn % 2 == 0) as model,
+            load(path, use_mmap=turn % 2 == 0) as model,
             model.context(**SMALL) as context,
             deadline_at(30 if turn % 4 == 0 else NEVER),
         ):
@@ -448,13 +455,13 @@ def test_memory_stays_flat_over_a_thousand_loads(arch: str, quick_model_path: Ca
 def test_memory_stays_flat_over_a_thousand_cancelled_loads(quick_model_path: Callable[[str], Path]) -> None:
     path = quick_model_path("llama")
     token = far()
-    whole = readings_of(lambda: lc.Model.load(path, token=token).close())
+    whole = readings_of(lambda: load(path, token=token).close())
     turns = itertools.count()
 
     def step() -> None:
         turn, token = next(turns), far()
         with deadline_at(turn % (whole - 2) + 1), pytest.raises(lc.LoadCancelled):
-            lc.Model.load(path, token=token, use_mmap=turn % 2 == 0)
+            load(path, token=token, use_mmap=turn % 2 == 0)
 
     _stays_flat(step, 1000)
 

@@ -8,6 +8,7 @@ import pytest
 
 import llamacancel as lc
 from tests.conftest import GENERATIVE
+from tests.device import counts_looks_of_the_cpu, holds_on_the_cpu
 
 from .clock import FAR, deadline_at, readings_of
 from .words import NewContext, batch, cancelled, decode, holds, same_bits, tokens
@@ -101,15 +102,17 @@ def test_neighbours_of_a_cancelled_sequence_keep_their_results(arch: str, new_co
         assert np.sqrt(np.mean((survivor - wanted) ** 2)) < 0.5
 
 
+@holds_on_the_cpu
 @pytest.mark.parametrize("arch", GENERATIVE)
 def test_pieces_do_not_change_the_bits(arch: str, new_context: NewContext) -> None:
-    whole = new_context(arch, n_ctx=512, n_ubatch=64, n_seq_max=2)
+    whole = new_context(arch, n_ctx=512, n_ubatch=64, n_seq_max=2, _n_pieces=None)
     whole.decode(HISTORY)
     wanted = decode(whole, ROWS)
     for n_pieces in (1, 3, 10_000):
         assert same_bits(decode(device(new_context, arch, n_pieces), ROWS), wanted)
 
 
+@counts_looks_of_the_cpu
 def test_a_plan_tells_of_the_pieces_and_the_cpu_needs_none(new_context: NewContext) -> None:
     assert new_context("llama").latency_plan.n_pieces == 0
     assert new_context("llama", _n_pieces=7).latency_plan.n_pieces == 7

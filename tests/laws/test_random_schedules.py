@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import llamacancel as lc
 from tests.conftest import GENERATIVE
+from tests.device import CONTEXT
 
 from .clock import Clock
 from .words import batch, close, decode, holds, one_more, outputs, same_bits, woven
@@ -241,7 +242,7 @@ def test_a_random_schedule_leaves_what_a_schedule_without_cancels_leaves(
               suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
     @given(steps, st.sampled_from(PARAMS), st.sampled_from([4, 8, 16]), st.sampled_from([128, 512]))
     def run(steps: list[Any], params: dict[str, Any], n_ubatch: int, n_ctx: int) -> None:
-        made = {"n_ctx": n_ctx, "n_ubatch": n_ubatch, "n_seq_max": N_SEQ, "n_threads": 1, **params}
+        made = {"n_ctx": n_ctx, "n_ubatch": n_ubatch, "n_seq_max": N_SEQ, "n_threads": 1, **CONTEXT, **params}
         with model.context(**made) as context, model.context(**made) as twin:
             pair = Pair(context, twin)
             for step in steps:

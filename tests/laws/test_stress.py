@@ -14,6 +14,7 @@ import pytest
 
 import llamacancel as lc
 from tests.conftest import GENERATIVE, batch_of, prompt
+from tests.device import CONTEXT
 
 from .words import NewContext, batch, holds, same_bits, threads, tokens, woven
 
@@ -232,7 +233,7 @@ def test_clients_that_share_a_context_and_hang_up_at_random_do_not_disturb_each_
 ) -> None:
     """Six threads, a sequence each, one context: they wait for their turn under their tokens."""
     n, rounds, clients = 24, 20, 6
-    made = {"n_ctx": 512, "n_ubatch": 8, "n_seq_max": clients, "n_threads": 1}
+    made = {"n_ctx": 512, "n_ubatch": 8, "n_seq_max": clients, "n_threads": 1, **CONTEXT}
     ids = [tokens(n, seq) for seq in range(clients)]
     with model_of(arch).context(**made) as context, model_of(arch).context(**made) as twin:
         hangs, served = [0] * clients, [0] * clients
