@@ -11,15 +11,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from . import latency, machine, repair, report, token_cost
+from . import latency, machine, pieces, repair, report, token_cost
 from .workload import Progress, Settings
 
-PARTS = {"token": token_cost.steps, "latency": latency.steps, "repair": repair.steps}
+PARTS = {"token": token_cost.steps, "latency": latency.steps, "repair": repair.steps, "pieces": pieces.steps}
 SECTIONS = {
     "cost of a token": "token_cost",
     "latency of a cancel": "latency",
     "throughput": "throughput",
     "snapshot and repair": "repair",
+    "pieces of a graph": "pieces",
 }
 
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "latency": [],
         "throughput": None,
         "repair": [],
+        "pieces": [],
     }
     watch = machine.Watch()
     if watch.others_before is not None and watch.others_before > machine.BUSY_CORES:
@@ -93,8 +95,9 @@ def _measure(settings: Settings, only: Sequence[str], results: dict[str, Any]) -
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure what a token costs, how soon a cancel is honoured, and what a rollback takes. Models are "
-        "made on the spot and kept in ~/.cache/llamacancel (1.4 GB in all). A full run takes about 12 minutes on "
+        description="Measure what a token costs, how soon a cancel is honoured, what a rollback takes, and what it "
+        "costs to hand work over in pieces, as to a GPU (which `python -m benchmarks.gpu` measures). Models are "
+        "made on the spot and kept in ~/.cache/llamacancel (1.4 GB in all). A full run takes about 15 minutes on "
         "two quiet cores; close other programs first.",
     )
     parser.add_argument("--only", type=_parts, default=list(PARTS), metavar="PART,...", help=f"of: {', '.join(PARTS)}")

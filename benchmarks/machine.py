@@ -43,6 +43,7 @@ def describe() -> dict[str, Any]:
         "llama_cpp": build["llama_cpp"],
         "llama_cpp_commit": _locked_commit(),
         "cpu_features": build["system"].strip(" |"),
+        "backends": build["backends"],
         "devices": [device["description"] for device in build["devices"]],
         "build": _build(),
     }

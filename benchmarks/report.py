@@ -26,6 +26,7 @@ TOKEN_RATIO = 1.01
 GUARD_RATIO = {"attention": 1.01}  # against the bare C call, rollback protection included
 GUARD_RATIO_OTHER = 1.03
 SMALL_P99 = 0.010
+STOPS = 0.98  # of the throughput that is left with stops between pieces of a graph
 AIMS = {0.02: (0.020, 0.97), 0.01: (0.010, 0.94)}  # aim: p99, share of the throughput of n_ubatch=512
 
 
@@ -73,6 +74,12 @@ def targets(results: Results) -> list[dict[str, Any]]:
                 doubt = "within the noise" if ratio["low"] <= share <= ratio["high"] else ""
                 name = f"throughput of n_ubatch=512 that is left, 1 B shape, cancel_latency={aim}"
                 add(name, ratio["median"], share, "at least", "share", doubt)
+    for row in results["pieces"]:
+        ratio = row["throughput"]["chosen"]
+        limit = STOPS if row["work"] == "prefill" else 1 / TOKEN_RATIO
+        doubt = "within the noise" if ratio["low"] <= limit <= ratio["high"] else ""
+        name = f"throughput left with the graph in pieces (cancel_latency={row['aim']}), {row['model']}, {row['work']}"
+        add(name, ratio["median"], limit, "at least", "share", doubt)
     redone, wrong = verified(results)
     if redone:
         add(f"cancelled calls that gave other bits when done again (of {redone})", wrong, 0, "at most", "count")
@@ -117,6 +124,8 @@ def markdown(results: Results) -> str:
         parts.append(_throughput(results["throughput"]))
     if results["repair"]:
         parts.append(_repair(results["repair"]))
+    if results["pieces"]:
+        parts.append(_pieces(results["pieces"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -279,6 +288,32 @@ def _repair(rows: list[Results]) -> str:
         )
     head = ["Model", "Saved for one row", "Guard for one row, of the decode", f"Saved for {first['rows']} rows",
             "Repair, whole call, median", "worst", "Repair, one of two, median"]  # fmt: skip
+    return f"{text}\n\n{table(head, cells)}"
+
+
+def _pieces(rows: list[Results]) -> str:
+    text = (
+        "## What stops between pieces of a graph cost\n\n"
+        "A GPU cannot be stopped inside a graph: it is handed the graph in pieces, with a look at the token before "
+        "each. Here the CPU stands in for it, and computes each piece to its end. The same decode under a token was "
+        "done in turn with the graph as a whole (where the CPU's kernels look at the token) and in pieces: as many as "
+        f"`cancel_latency={rows[0]['aim']}` chooses for a device that takes as long for the ubatch, and the most that "
+        "there can be. A single token goes to a device as a whole; here it goes in one piece, which is a look more."
+    )
+    cells = []
+    for row in rows:
+        for variant, ratio in row["throughput"].items():
+            cells.append(
+                [
+                    row["model"],
+                    f"{row['work']}, {row['rows']} rows",
+                    f"{row['pieces'][variant]} ({variant})",
+                    f"{row['tokens_per_second']['whole']:.1f}",
+                    f"{row['tokens_per_second'][variant]:.1f}",
+                    ratio_text(ratio),
+                ]
+            )
+    head = ["Model", "Work", "Pieces", "Tokens/s, whole", "Tokens/s, in pieces", "Share of the throughput left"]
     return f"{text}\n\n{table(head, cells)}"
 
 

@@ -73,6 +73,16 @@ def test_snapshot_and_repair_are_measured_for_each_kind_of_memory(report: dict[s
     assert all(size > 0 for kind, size in saved.items() if kind != "attention")
 
 
+def test_pieces_of_a_graph_are_compared_with_the_whole(report: dict[str, Any]) -> None:
+    rows = report["pieces"]
+    assert {(row["model"], row["work"]) for row in rows} == {
+        (model, work) for model in ("small model", "1 B shape") for work in ("prefill", "single-token")
+    }
+    for row in rows:
+        assert row["throughput"].keys() == row["pieces"].keys() >= {"chosen"}
+        assert all(ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in row["throughput"].values())
+
+
 def test_calls_that_were_rolled_back_give_the_same_bits_when_done_again(report: dict[str, Any]) -> None:
     parts = [*report["latency"], *(row["cancelled"] for row in report["repair"])]
     assert sum(part["redone"] for part in parts) >= len(parts)

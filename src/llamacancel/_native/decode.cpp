@@ -411,6 +411,7 @@ DecodeReport ContextBox::encode(const BatchView & batch, Call & call) {
 int32_t ContextBox::decode_bare(const BatchView & batch) {
     const InFlight in_flight;
     ChunkArrays arrays(batch, whole(batch));
+    stop_between(0);  // as a call before may have left it
     const int32_t code = llama_decode(ctx_, arrays.batch());
     llama_synchronize(ctx_);
     return code;
