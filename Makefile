@@ -5,9 +5,20 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 # Build options pass through: make CMAKE_ARGS="-DGGML_CUDA=ON" build
 export CMAKE_ARGS
+# What of pyproject.toml's extras is installed, and where the build is.
+EXTRA     := test
+BUILD_DIR := build/{wheel_tag}
+TOOLS     := 'scikit-build-core>=0.11' 'cython>=3.1' 'cython-cmake>=0.2' 'cmake>=3.21' ninja
+
+# A folder of wheels to install from, where there is no network; `make gpu-wheelhouse` fills one.
+WHEELHOUSE :=
+ifneq ($(WHEELHOUSE),)
+export PIP_NO_INDEX := 1
+export PIP_FIND_LINKS := $(abspath $(WHEELHOUSE))
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native bench build lint clean
+.PHONY: help demo test test-native bench gpu-check gpu-wheelhouse build lint clean
 
 help:           ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,6 +35,13 @@ test-native:    ## test the cancel core alone: plain, under ASan and UBSan, unde
 bench: build    ## measure; the report and the plot go to benchmarks/results
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
+gpu-check:      ## with a GPU: build for it, run the laws on it, measure; again to go on (docs/gpu.md)
+	$(MAKE) build VENV=.venv-gpu BUILD_DIR=build/gpu EXTRA=gpu CMAKE_ARGS="-DGGML_$(or $(BACKEND),CUDA)=ON $(CMAKE_ARGS)"
+	.venv-gpu/bin/python -m benchmarks.gpu $(GPU_ARGS)
+
+gpu-wheelhouse: $(VENV)/.tools ## gather in build/wheelhouse what gpu-check needs where there is no network
+	$(PY) -m benchmarks.gpu.wheelhouse $(WHEELHOUSE_ARGS) -- $(TOOLS)
+
 build: $(VENV)/.built ## build the extension (about two minutes the first time) and install it for development
 
 # Rebuilt when a native source changed; Python sources are used in place.
@@ -32,14 +50,15 @@ NATIVE := $(wildcard src/llamacancel/*.pyx src/llamacancel/*.pxd src/llamacancel
 
 $(VENV)/.built: $(VENV)/.tools $(NATIVE)
 	@echo "llamacancel: building the extension; llama.cpp takes a few minutes the first time"
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		--config-settings=build-dir='$(BUILD_DIR)' --editable '.[$(EXTRA)]'
 	@touch $@
 
 $(VENV)/.tools: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("llamacancel needs Python 3.10 or later, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	@command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "llamacancel needs a C++ compiler (g++ or clang++): install one first" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check 'scikit-build-core>=0.11' 'cython>=3.1' 'cython-cmake>=0.2' 'cmake>=3.21' ninja
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TOOLS)
 	@touch $@
 
 lint: build     ## what a reviewer's tools would say
@@ -49,4 +68,4 @@ lint: build     ## what a reviewer's tools would say
 	$(PY) -m mypy
 
 clean:          ## remove everything that was built, and the environment
-	rm -rf build $(VENV) dist
+	rm -rf build $(VENV) .venv-gpu dist

@@ -109,7 +109,7 @@ def measure(settings: Settings, case: Case, progress: Callable[[float], None]) -
     samples: list[dict[str, Any]] = []
     too_late = wrong_bits = redone = 0
     prefill: dict[int, float] = {}
-    with model.context(n_ctx=2048, n_threads=settings.threads, **case.params) as context:
+    with model.context(**{"n_ctx": 2048, "n_threads": settings.threads, **case.params}) as context:
         plan = context.latency_plan
         for part, history in enumerate(case.histories):
             start = Start(context, prompt(model, history, rng))

@@ -20,15 +20,20 @@ Tokens = NDArray[np.int32]
 
 
 class Models:
-    """Loaded models, each loaded once. A context manager that closes them."""
+    """Loaded models, each loaded once. A context manager that closes them.
 
-    def __init__(self) -> None:
+    Args:
+        load: Parameters of `Model.load()`, such as how many layers go to a GPU.
+    """
+
+    def __init__(self, **load: Any) -> None:
+        self._load = load
         self._models: dict[tuple[str, str], lc.Model] = {}
 
     def get(self, arch: str, size: str) -> lc.Model:
         """A model of this architecture and size; its file is made the first time and kept in the cache."""
         if (arch, size) not in self._models:
-            self._models[arch, size] = lc.Model.load(cached_model(arch, size))
+            self._models[arch, size] = lc.Model.load(cached_model(arch, size), **self._load)
         return self._models[arch, size]
 
     def __enter__(self) -> Models:

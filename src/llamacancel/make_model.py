@@ -42,6 +42,7 @@ SIZES: dict[str, str] = {
     "tiny": "for tests: a few MB, loads within milliseconds",
     "small": "for benchmarks: about 25 M parameters beside the vocabulary",
     "1b": "about 1.1 B parameters, Q8_0",
+    "8b": "for GPUs: an 8 B shape, about 7.5 B parameters since the embeddings are the output matrix, too; Q8_0",
 }
 
 CHAT_TEMPLATE = (
@@ -84,10 +85,13 @@ _TINY = Shape(n_embd=64, n_layer=4, n_ff=128, n_head=2, n_head_kv=1)
 _SMALL = Shape(n_embd=512, n_layer=10, n_ff=1408, n_head=8, n_head_kv=4, n_ctx=8192, window=256)
 _1B = Shape(n_embd=2048, n_layer=16, n_ff=8192, n_head=32, n_head_kv=8, n_ctx=32768, window=512)
 
+_8B = Shape(n_embd=4096, n_layer=32, n_ff=14336, n_head=32, n_head_kv=8, head_dim=128, n_ctx=32768)
+
 _SHAPES: dict[tuple[str, str], Shape] = {
     ("llama", "tiny"): replace(_TINY, n_layer=3),
     ("llama", "small"): _SMALL,
     ("llama", "1b"): _1B,
+    ("llama", "8b"): _8B,
     ("swa", "tiny"): _TINY,
     ("swa", "small"): _SMALL,
     ("swa", "1b"): _1B,
@@ -108,7 +112,7 @@ _SHAPES: dict[tuple[str, str], Shape] = {
     ("embedding", "tiny"): replace(_TINY, n_layer=3, n_head_kv=2, head_dim=32),
     ("embedding", "small"): replace(_SMALL, n_embd=384, n_layer=12, n_ff=1536, n_head=12, n_head_kv=12, head_dim=32),
 }
-_DEFAULT_QUANT = {"tiny": "f16", "small": "f16", "1b": "q8_0"}
+_DEFAULT_QUANT = {"tiny": "f16", "small": "f16", "1b": "q8_0", "8b": "q8_0"}
 
 
 def make_model(
@@ -128,11 +132,11 @@ def make_model(
     Args:
         path: Where to write the GGUF file.
         arch: One of `ARCHITECTURES`.
-        size: One of `SIZES`; "1b" exists for "llama", "swa", "mamba" and "hybrid".
+        size: One of `SIZES`; "1b" exists for "llama", "swa", "mamba" and "hybrid", "8b" for "llama".
         seed: Seed of the weights.
-        quant: Type of the matrices, "f32", "f16" or "q8_0"; by default "q8_0" for "1b" and "f16" otherwise.
+        quant: Type of the matrices, "f32", "f16" or "q8_0"; by default "q8_0" for "1b" and "8b" and "f16" otherwise.
         vocab: A vocabulary's name or a GGUF file to copy it from (see `find_vocab`); by default "bert-bge"
-            for "embedding" and "llama-spm" otherwise.
+            for "embedding", "llama-bpe" (128 k tokens) for "8b" and "llama-spm" otherwise.
         progress: Called with the fraction written, ending with 1.0. What it raises ends the work.
 
     Returns:
@@ -145,7 +149,8 @@ def make_model(
     """
     shape = _shape_of(arch, size)
     quant = _quant_of(size, quant)
-    vocab_path = find_vocab(vocab or ("bert-bge" if arch == "embedding" else "llama-spm"))
+    default = "bert-bge" if arch == "embedding" else "llama-bpe" if size == "8b" else "llama-spm"
+    vocab_path = find_vocab(vocab or default)
     gguf_arch, build = _BUILDERS[arch]
     writer = ModelWriter(gguf_arch, seed=seed, quant=quant, keys=_read_vocab(vocab_path))
     _shape_params(writer, shape)
