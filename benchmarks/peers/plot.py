@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from ..plot import COLOURS, draw_panels, legend
 from ..server import plot as server_plot
@@ -36,16 +37,23 @@ def _named(libraries: dict[str, list[Results]], part: str) -> list[tuple[str, st
 def _stops(ax: Axes, libraries: dict[str, list[Results]]) -> None:
     names = _named(libraries, "stop")
     for j, (arch, rows) in enumerate(libraries.items()):
+        colour = COLOURS[j % len(COLOURS)]
         for row in rows:
             for way, of in row["stop"].items():
                 y = names.index((row["peer"], way)) + (j - (len(libraries) - 1) / 2) * 0.3
-                times = [max(sample["latency"] * 1e3, 0.01) for sample in of["samples"]]
-                ax.plot(times, [y] * len(times), "o", ms=5, alpha=0.6, color=COLOURS[j % len(COLOURS)])
-        ax.plot([], [], "o", color=COLOURS[j % len(COLOURS)], label=arch)
+                for sample in of["samples"]:
+                    right = sample["next"] == sample["again"] == "right"
+                    style: Any = {"marker": "o", "alpha": 0.6} if right else {"marker": "x", "mew": 2}
+                    ax.plot(max(sample["latency"] * 1e3, 0.01), y, ms=6, color=colour, **style)
+                if of["rest"]:
+                    ax.plot(of["rest"]["median"] * 1e3, y, "|", ms=16, mew=2, color="#777777")
+        ax.plot([], [], "o", color=colour, label=arch)
+    ax.plot([], [], "|", ms=12, mew=2, color="#777777", label="rest of the prefill, median")
+    ax.plot([], [], "x", mew=2, color="#333333", label="a later call on the object was wrong")
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_yticks(range(len(names)), [f"{peer}\n{way}" for peer, way in names])
-    ax.invert_yaxis()
+    ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
     ax.set_title("Asked to stop in a prefill: farther left is better")
     ax.set_xlabel("milliseconds from asking to having control back")
@@ -55,18 +63,21 @@ def _stops(ax: Axes, libraries: dict[str, list[Results]]) -> None:
 def _costs(ax: Axes, libraries: dict[str, list[Results]]) -> None:
     names = _named(libraries, "cost")
     for j, (arch, rows) in enumerate(libraries.items()):
-        heights = [np.nan] * len(names)
+        heights, spans = [np.nan] * len(names), [(0.0, 0.0)] * len(names)
         for row in rows:
             for way, of in row["cost"].items():
-                heights[names.index((row["peer"], way))] = of["ratios"]["busy"]["median"]
+                i, ratio = names.index((row["peer"], way)), of["ratios"]["busy"]
+                heights[i] = ratio["median"]
+                spans[i] = (ratio["median"] - ratio["low"], ratio["high"] - ratio["median"])
         x = np.arange(len(names)) + (j - (len(libraries) - 1) / 2) * 0.35
         drawn = ax.bar(x, heights, 0.32, label=arch, color=COLOURS[j % len(COLOURS)])
-        ax.bar_label(drawn, [f"{v:.2f}" if np.isfinite(v) else "" for v in heights], fontsize=8, padding=2)
+        ax.bar_label(drawn, [f"{v:.2f}" if np.isfinite(v) else "" for v in heights], fontsize=8, label_type="center")
+        ax.errorbar(x, heights, np.array(spans).T, fmt="none", ecolor="#333333", lw=1, capsize=3)
     ax.axhline(1, color="#555555", lw=1)
-    ax.set_xticks(range(len(names)), [f"{peer}\n{way}" for peer, way in names], fontsize=8)
+    ax.set_xticks(range(len(names)), [f"{peer}\n{way}" for peer, way in names], fontsize=7)
     ax.grid(axis="x", visible=False)
     ax.set_title("What it costs to be stoppable beside a busy Python thread: 1 is nothing")
-    ax.set_ylabel("time of a prefill against one that cannot be stopped")
+    ax.set_ylabel("time of a prefill against one that cannot be stopped\n(median of pairs, and its 95 % range)")
     legend(ax, 4)
 
 
@@ -78,8 +89,12 @@ def _conformance(ax: Axes, rows: list[Results]) -> None:
         drawn = ax.barh(range(len(rows)), counts, 0.6, left=left, label=outcome, color=colour)
         ax.bar_label(drawn, [str(c) if c else "" for c in counts], label_type="center", fontsize=9)
         left = left + counts
+    for i, row in enumerate(rows):
+        if not row["scenarios"]:
+            ax.annotate("could not be judged: see the report", (0.2, i), va="center", color="#777777")
     ax.set_yticks(range(len(rows)), [row["server"] for row in rows])
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_title("Scenarios of the conformance suite")
     legend(ax, 3)

@@ -25,11 +25,15 @@ class _Session(common.Session):
             self.callback = llama_cpp.ggml_abort_callback(lambda data: self.flag)
             llama_cpp.llama_set_abort_callback(self.llm._ctx.ctx, self.callback, None)
 
+    def settings(self):
+        return {name: getattr(llama_cpp, f"llama_{name}")(self.llm._ctx.ctx) for name in common.SETTINGS}
+
     def before(self):
         self.flag = False
 
     def answer(self, prompt, tokens):
         found = self.llm.create_completion(prompt, max_tokens=tokens, temperature=0, stopping_criteria=self.criteria)
+        self.ended = found["choices"][0]["finish_reason"]
         return found["choices"][0]["text"]
 
     def stop(self):
@@ -49,7 +53,7 @@ class Driver(common.Driver):
     def versions(self):
         return {
             "llama-cpp-python": llama_cpp.__version__,
-            "CPU": llama_cpp.llama_print_system_info().decode().strip(" |\n"),
+            "CPU": llama_cpp.llama_print_system_info().decode().removeprefix("CPU : ").strip(" |\n"),
             "build": "built here for this CPU",
         }
 

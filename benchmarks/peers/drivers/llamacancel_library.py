@@ -18,6 +18,9 @@ class _InContext(common.Session):
         self.stoppable = way is not None
         self.token = None
 
+    def settings(self):
+        return _settings(self.context)
+
     def before(self):
         self.token = lc.CancelToken() if self.stoppable else None
 
@@ -26,7 +29,13 @@ class _InContext(common.Session):
         given = self.model.tokenize(prompt)
         batch.add_sequence(given)
         self.context.decode(batch, self.token)
-        text, position = b"", len(given)
+        try:
+            return self._answered(batch, len(given), tokens)
+        finally:  # the prompt is in: a stop that came later leaves it there, as it should
+            self.context.memory.clear()
+
+    def _answered(self, batch, position, tokens):
+        text = b""
         for _ in range(tokens):
             chosen = self.sampler.sample(self.context)
             if self.model.is_eog(chosen):
@@ -36,7 +45,6 @@ class _InContext(common.Session):
             batch.add(chosen, position, 0, True)
             self.context.decode(batch, self.token)
             position += 1
-        self.context.memory.clear()
         return text.decode("utf-8", "replace")
 
     def stop(self):
@@ -62,6 +70,9 @@ class _InEngine(common.Session):
         )
         self.token = lc.CancelToken()
 
+    def settings(self):
+        return _settings(self.engine._core.runner.context)
+
     def before(self):
         self.token = lc.CancelToken()
 
@@ -77,6 +88,10 @@ class _InEngine(common.Session):
         self.model.close()
 
 
+def _settings(context):
+    return {name: getattr(context, name) for name in common.SETTINGS}
+
+
 class Driver(common.Driver):
     name = "llamacancel"
     ways: ClassVar = {
@@ -89,7 +104,7 @@ class Driver(common.Driver):
         return {
             "llamacancel": lc.__version__,
             "llama.cpp": info["llama_cpp"],
-            "CPU": info["system"].strip(" |"),
+            "CPU": info["system"].removeprefix("CPU : ").strip(" |"),
             "build": "built here for this CPU",
         }
 

@@ -17,9 +17,16 @@ class _Session(common.Session):
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
         params.cache_ram_mib = 0
         params.fit_params = False
-        self.server = xllamacpp.Server(params)
+        self.params, self.server = params, xllamacpp.Server(params)
         self.flag = False
         self.stoppable = way is not None
+
+    def settings(self):
+        # It tells nothing of its context; what its parameters say after the start is as near as one comes.
+        threads = {"n_threads": self.params.cpuparams, "n_threads_batch": self.params.cpuparams_batch}
+        return {
+            name: threads[name].n_threads if name in threads else getattr(self.params, name) for name in common.SETTINGS
+        }
 
     def before(self):
         self.flag = False
@@ -28,7 +35,7 @@ class _Session(common.Session):
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": self.stoppable}
         if not self.stoppable:
             return self.server.handle_completions(body)["choices"][0]["text"]
-        parts = []
+        parts, self.ended = [], None
 
         def take(chunk):
             if isinstance(chunk, (str, bytes)):
@@ -37,7 +44,9 @@ class _Session(common.Session):
                 raise RuntimeError(str(chunk["error"]))
             if self.flag:
                 return True
-            parts.extend(choice.get("text") or "" for choice in chunk.get("choices", ()))
+            for choice in chunk.get("choices", ()):
+                parts.append(choice.get("text") or "")
+                self.ended = choice.get("finish_reason") or self.ended
             return False
 
         self.server.handle_completions(body, take)
@@ -59,7 +68,7 @@ class Driver(common.Driver):
     def versions(self):
         return {
             "xllamacpp": xllamacpp.__version__,
-            "CPU": xllamacpp.get_system_info().strip(" |"),
+            "CPU": xllamacpp.get_system_info().removeprefix("CPU : ").strip(" |\n"),
             "build": "built here for this CPU" if os.environ.get("PEER_BUILT_HERE") else "the wheel on PyPI",
         }
 
