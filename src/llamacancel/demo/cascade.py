@@ -171,7 +171,7 @@ async def _in_a_prompt(stage: Stage, known: list[Answer], attempt: int) -> Scene
             _same("B", b, known[0]),
             _same("C", c, known[1]),
         ],
-        in_time=at_a.first_token_at is None and _is_on_its_way(at_b, a),
+        in_time=at_a.prompt_done < n_prompt and at_a.first_token_at is None and _is_on_its_way(at_b, a),
     )
 
 
