@@ -6,7 +6,7 @@ import { ending, keyOf } from "./state.js";
 const MOST = 60; // rows; what runs or waits is shown first
 const FRAME = 33; // milliseconds between two pictures
 const CALM_FRAME = 1000; // the same where somebody prefers less motion
-const STEPS = { 30: 5, 60: 10, 120: 20 };
+const STEPS = { 10: 2, 30: 5, 60: 10, 120: 20 };
 
 /** How a request may end: its word, and its mark, as in the pictures of the conformance runner. */
 export const ENDS = {
