@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--ctx-size", "-c", type=int, metavar="N", help="context size in tokens (default: the model's)"
+        "--ctx-size", "-c", type=int, metavar="N", help="context size in tokens (default: the model's, at most 4096)"
     )
     machine.add_argument("--threads", "-t", type=int, metavar="N", help="CPU threads (default: all)")
     machine.add_argument(

@@ -36,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--queue-limit", type=_whole, default=64, metavar="N", help="requests that may wait; more get 429 (default: 64)"
     )
     work.add_argument(
-        "--ctx-size", "-c", type=_count, metavar="N", help="context size in tokens (default: the model's)"
-    )
+        "--ctx-size", "-c", type=_count, metavar="N",
+        help="tokens that all slots hold together, and the most of one request (default: the model's, at most 4096)",
+    )  # fmt: skip
     work.add_argument("--threads", "-t", type=_count, metavar="N", help="CPU threads (default: all)")
     work.add_argument(
         "--cancel-latency", type=_seconds, default=0.02, metavar="SECONDS",
