@@ -193,6 +193,10 @@ private:
                 return failed(Status::Failed, code == kAssertion ? box_.broken_ : explain(code));
             }
             collect(chunk, arrays);
+            if (chunk.last) {
+                cancelled_meanwhile();
+                break;
+            }
         }
         finished();
     }
@@ -232,6 +236,24 @@ private:
                 return std::all_of(batch_.seqs_begin(row), batch_.seqs_end(row),
                                    [&](llama_seq_id seq) { return sequences_.at(seq).cancelled; });
             });
+        }
+    }
+
+    // The last ubatch is through, and its outputs are where those of the call before were: the call is not stopped any
+    // more. Sequences that were cancelled meanwhile are put back beside a survivor; without one, it came too late.
+    void cancelled_meanwhile() {
+        std::vector<Sequence *> cancelled;
+        bool survivor = false;
+        for (auto & [seq, sequence] : sequences_) {
+            const auto token = tokens_.find(seq);
+            if (!sequence.cancelled && token != tokens_.end() && token->second->poll()) {
+                cancelled.push_back(&sequence);
+            } else {
+                survivor = survivor || !sequence.cancelled;
+            }
+        }
+        for (Sequence * sequence : cancelled) {
+            sequence->cancelled = survivor;
         }
     }
 
