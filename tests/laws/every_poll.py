@@ -251,7 +251,7 @@ class Sweep:
 
 
 def some(polls: int, n: float) -> list[int]:
-    """About `n` of the polls: all if there are no more, else at equal distances, the first and the last two among them."""
+    """About `n` of the polls, at equal distances, or all if there are no more; the first and the last two belong."""
     n = min(polls, max(3, int(n * DENSITY)))
     return sorted({max(polls - 1, 1), *(1 + round(i * (polls - 1) / (n - 1)) for i in range(n))}) if n > 1 else [1]
 
