@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 _INT32 = 2**31 - 1
+_CTX_EACH = 4096  # cells for a slot if nobody says how many
 
 
 class Engine:
@@ -48,7 +49,11 @@ class Engine:
         model: The model. It must not be closed before the engine.
         slots: Requests that run at the same time.
         queue_limit: Requests that may wait for a slot; a further one is refused with `QueueFullError`.
-        n_ctx: Cells of memory, which all slots share; None for what the model was trained for, at most 4,096.
+        n_ctx: Cells of memory of all slots. None: for each slot what the model was trained for, at most 4,096.
+        kv_unified: True: all slots share one cache, so that a request may be longer than `n_ctx / slots`, and a common
+            beginning is held once. False: each slot has a cache of its own, and no row looks at the cells of others,
+            which with many slots is much faster. None: False for plain attention, where prefixes can be taken over
+            all the same; True for the others.
         n_batch: Most rows of a step, and most tokens of a text to embed.
         n_ubatch: Rows computed at a time. None: chosen from `cancel_latency`.
         n_threads, n_threads_batch: As for `Context`.
@@ -80,7 +85,8 @@ class Engine:
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
         cancel_latency: float | None = 0.02,
-        step_seconds: float | None = 0.1,
+        step_seconds: float | None = 0.4,
+        kv_unified: bool | None = None,
         prefix_cache: bool = True,
         checkpoints: int | None = None,
         aging: float = 5.0,
@@ -101,13 +107,19 @@ class Engine:
             number("step_seconds", step_seconds, 1e-4)
         number("aging", aging, 1e-3)
         n_batch = max(integer("n_batch", n_batch, 1, _INT32), self._slots)
+        longest = _INT32
+        if n_ctx is None:
+            longest = model.n_ctx_train
+            n_ctx = self._slots * min(longest, _CTX_EACH)
         self._generates = model.memory_kind != "none" and not model.has_encoder
         self._embeds = not (model.has_encoder and model.has_decoder)
+        if kv_unified is None:
+            kv_unified = model.memory_kind != "attention"
         rules = rules_of(
             model,
             slots=self._slots,
             checkpoints=checkpoints if prefix_cache else 0,
-            unified=context_params.get("kv_unified", True),
+            unified=kv_unified,
             swa_full=context_params.get("swa_full", False),
         )
         params = {
@@ -115,6 +127,7 @@ class Engine:
             "n_threads": n_threads,
             "n_threads_batch": n_threads_batch,
             "cancel_latency": cancel_latency,
+            "kv_unified": kv_unified,
             **context_params,
         }
         embed_rows = n_batch - n_batch % self._slots
@@ -127,13 +140,13 @@ class Engine:
             n_seq_max=self._slots,
             embeddings=True,
             pooling=pooling or _pooling_of(model),
-            **{**params, "n_ctx": embed_rows, "n_batch": embed_rows},
+            **{**params, "n_ctx": embed_rows, "n_batch": embed_rows, "kv_unified": True},
         )
         runner = Runner(make_context if self._generates else None, make_embedder)
         limits = Limits(
             slots=self._slots,
             queue_limit=self._queue_limit,
-            n_ctx=runner.n_ctx,
+            n_ctx=min(runner.n_ctx, longest),
             n_batch=runner.n_batch,
             n_ubatch=runner.n_ubatch,
             step_seconds=step_seconds,
@@ -142,7 +155,7 @@ class Engine:
             embed_sequences=self._slots,
             prefix_cache=prefix_cache,
         )
-        self._n_ctx = runner.n_ctx
+        self._n_ctx = limits.n_ctx
         self._core = Core(Scheduler(limits, replace(rules, cells=runner.cells)), runner, history)
         self._vocabulary = Vocabulary(model)
         self._core.start()

@@ -27,6 +27,7 @@ from .work import Work, ending_of
 
 __all__ = ["Runner", "rules_of"]
 
+_LEAST_COPY = 32  # tokens for which copying another sequence's cache pays, all of which is copied where each has its own
 _UNUSABLE = "the context is unusable"  # how the core says that an assertion has failed in it before
 
 
@@ -42,7 +43,7 @@ def rules_of(model: Model, *, slots: int, checkpoints: int | None, unified: bool
     """
     kind = str(model.memory_kind)
     if kind == "attention" or (kind == "sliding_window" and swa_full):
-        return MemoryRules(cut=True, copy="part" if unified else "whole")
+        return MemoryRules(cut=True) if unified else MemoryRules(cut=True, least_copy=_LEAST_COPY, in_order=True)
     if kind in ("none", "other") or not unified:
         return MemoryRules(cut=False, copy="nothing")
     return MemoryRules(
@@ -82,7 +83,8 @@ class Runner:
         stop: Cancelled to stop the step that is being run, for all of its requests. Each step listens to the one that
             is here when it begins.
         n_ctx, n_batch, n_ubatch: Of the context for generations.
-        cells: Cells that its sequences share; None if each has its own, or needs none.
+        unified: Whether all of its sequences share one cache.
+        cells: Cells that they share; None if each has its own, or needs none.
         decode_seconds: Time that llama.cpp has computed.
     """
 
@@ -92,6 +94,7 @@ class Runner:
         self.works: dict[str, Work] = {}
         self.stop = CancelToken()
         self.n_ctx = self.n_batch = self.n_ubatch = 1
+        self.unified = True
         self.cells: int | None = None
         self._embedder: Context | None = None
         self._embed_batch: Batch | None = None
@@ -105,7 +108,8 @@ class Runner:
                 self.context.n_batch,
                 self.context.n_ubatch,
             )
-            if self._memory.kind not in ("recurrent", "other") and self.n_ctx == self.context.n_ctx:
+            self.unified = self.n_ctx == self.context.n_ctx
+            if self._memory.kind not in ("recurrent", "other") and self.unified:
                 self.cells = self.n_ctx
 
     def close(self) -> None:
@@ -136,12 +140,21 @@ class Runner:
             if isinstance(action, Cut):
                 done = self._memory.remove(action.seq, action.length)
             else:
-                self._memory.copy(action.src, action.dst, 0, -1 if action.length is None else action.length)
-                done = self._memory.pos_max(action.dst) >= 0
+                done = self._copy(action)
         except (ValueError, DirtySequenceError):
             done = False
         if not done:
             self._lose(action.dst if isinstance(action, Copy) else action.seq, outcome)
+
+    def _copy(self, action: Copy) -> bool:
+        length = -1 if action.length is None else action.length
+        if self.unified:
+            self._memory.copy(action.src, action.dst, 0, length)
+        else:  # a cache of its own is copied as a whole
+            self._memory.copy(action.src, action.dst)
+            if length >= 0 and not self._memory.remove(action.dst, length):
+                return False
+        return bool(self._memory.pos_max(action.dst) >= 0)
 
     def _lose(self, seq: int, outcome: Outcome) -> None:
         self._memory.remove(seq)

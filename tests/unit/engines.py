@@ -18,7 +18,14 @@ WHOLE_ONLY = ["swa", "mamba", "hybrid"]  # a state that cannot be cut back
 
 # In f32 and without flash attention, the same rows give logits that agree to 1e-5, however they were cut and wherever
 # their cells lie. A sliding window's model computes its activation from a table of f16, which leaves 1e-2.
-EXACT: dict[str, Any] = {"n_ctx": 1024, "n_threads": 1, "type_k": "f32", "type_v": "f32", "flash_attn": False}
+EXACT: dict[str, Any] = {
+    "n_ctx": 1024,
+    "n_threads": 1,
+    "type_k": "f32",
+    "type_v": "f32",
+    "flash_attn": False,
+    "kv_unified": True,
+}
 CLOSE = {"swa": 0.02}
 
 

@@ -166,6 +166,16 @@ def test_a_full_context_ends_it() -> None:
     assert result.usage.prompt_tokens + result.usage.completion_tokens == 256
 
 
+@pytest.mark.parametrize("arch", ["llama", "hybrid"])
+def test_by_default_there_is_room_for_a_long_request_in_each_slot(arch: str) -> None:
+    each = min(model(arch).n_ctx_train, 4096)
+    with lc.Engine(model(arch), slots=3, n_threads=1) as e:
+        assert e.snapshot().cells == (None if arch == "llama" else 3 * each)
+        assert e.n_ctx == (each if arch == "llama" else model(arch).n_ctx_train)
+        with pytest.raises(lc.InvalidBatchError, match=f"has room for {e.n_ctx}"):
+            e.submit([400] * e.n_ctx)
+
+
 def test_logprobs_are_those_of_the_model_whatever_the_sampler_does() -> None:
     prompt = ids(40)
     with engine() as e:

@@ -87,10 +87,11 @@ def test_requests_with_a_common_beginning_share_it_from_the_third_on_at_the_late
         assert same_answer(arch, generation, answer(arch, prompt, 6))
 
 
+@pytest.mark.parametrize("kv_unified", [True, False])
 @pytest.mark.parametrize("arch", ["llama", "moe"])
-def test_a_prefix_is_taken_from_a_request_that_still_runs(arch: str) -> None:
+def test_a_prefix_is_taken_from_a_request_that_still_runs(arch: str, kv_unified: bool) -> None:
     stem = ids(150)
-    with engine(arch) as e:
+    with engine(arch, kv_unified=kv_unified) as e:
         with Gate(e, at=6) as gate:
             running = e.submit(stem + ids(20, 1), sampler=endless(), max_tokens=40, logprobs=2)
             gate.wait()
@@ -123,6 +124,19 @@ def test_a_short_common_beginning_does_not_cost_another_its_long_one() -> None:
         second = run(e, short)
         assert second.usage.cached_tokens == 10
         assert run(e, long).usage.cached_tokens == 299
+
+
+def test_between_caches_of_their_own_a_short_beginning_is_not_worth_a_copy() -> None:
+    long, other = ids(300), ids(300)[:10] + ids(20, 9)
+    copies: list[object] = []
+    with engine(slots=2, kv_unified=False) as e:
+        before_step(e, lambda number, plan: copies.extend(a for a in plan.actions if isinstance(a, Copy)))
+        run(e, long)
+        second = run(e, other)
+        assert second.usage.cached_tokens == 0
+        assert same_answer("llama", second, answer("llama", other, 6))
+        assert run(e, long).usage.cached_tokens == 299, "nor worth giving up the rest for"
+    assert copies == []
 
 
 def test_without_a_prefix_cache_nothing_is_kept() -> None:

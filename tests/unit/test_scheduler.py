@@ -167,10 +167,10 @@ def test_a_prompt_beside_generations_gets_what_the_time_of_a_step_allows() -> No
         pace.observe(0, 2, 0.02)
         pace.observe(400, 2, 0.02 + 400 * 0.0002)
     assert policy.prompt_budget(limits, pace, 2, 9999) == 6 * 64 - 2, "whole ubatches"
-    assert policy.prompt_budget(limits, pace, 0, 9999) == 2048, "alone, up to half a second"
+    assert policy.prompt_budget(limits, pace, 0, 9999) == 9 * 64, "alone, a little longer"
     for _ in range(100):
         pace.observe(100, 0, 100 * 0.01)
-    assert policy.prompt_budget(limits, pace, 2, 9999) == 32, "slow as it is, it gets on"
+    assert policy.prompt_budget(limits, pace, 2, 9999) == 62, "slow as it is, it gets on"
     assert policy.prompt_budget(limits, pace, 2048, 9999) == 0
     whole = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=64, step_seconds=None)
     assert policy.prompt_budget(whole, pace, 3, 9999) == 2045

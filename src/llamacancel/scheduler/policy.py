@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 __all__ = ["Limits", "Pace", "Part", "grace", "loss", "parts_of", "place_of", "prompt_budget", "share"]
 
-_LEAST_ROWS = 32  # of a prompt in a step, however slow the machine is
+_LEAST_ROWS = 64  # of a prompt in a step, however slow the machine is: fewer take nearly as long
 _SHORT_ROWS = 64  # a ubatch with fewer rows takes nearly as long as one with so many: all weights are read for it
 _ENOUGH = 1.25  # so much longer a step may be if all prompts are through with it
-_ALONE = 5  # steps may be so many times longer while nobody generates: only newcomers wait for their end
+_ALONE = 1.25  # steps may be so many times longer while nobody generates: only newcomers wait for their end
 _GO_ON_SECONDS = 0.05  # so long a step may go on for the others, after some of its rows were cancelled
 _PATIENCE = 0.5  # seconds that stopped steps may cost the others at once
 _PATIENCE_SHARE = 0.1  # and of the time in the long run
@@ -39,7 +39,7 @@ class Limits:
     n_ctx: int
     n_batch: int
     n_ubatch: int
-    step_seconds: float | None = 0.1
+    step_seconds: float | None = 0.4
     quantum: int = 512
     aging: float = 5.0
     embed_rows: int = 0
@@ -116,7 +116,7 @@ def prompt_budget(limits: Limits, pace: Pace, n_generating: int, wanted: int) ->
     if wanted <= rows * _ENOUGH:
         rows = wanted
     last = (rows + n_generating) % limits.n_ubatch
-    least = min(_LEAST_ROWS, limits.n_ubatch)
+    least = min(_LEAST_ROWS, max(limits.n_ubatch - n_generating, 1))
     if last < _SHORT_ROWS and rows - last >= least and (n_generating or rows < wanted):
         rows -= last
     return min(room, max(rows, least))

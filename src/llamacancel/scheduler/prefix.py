@@ -22,15 +22,19 @@ class MemoryRules:
         window: If it cannot: one that never held more than this can be.
         copy: What can be given from one sequence to another: any "part" that it can be cut back to, only the
             "whole" of it, or "nothing".
+        least_copy: Tokens from which on a prefix is worth being copied.
         checkpoints: Sequence ids beyond the slots, for states that are kept to be gone back to.
         cells: Cells that the sequences share; None if each has its own.
+        in_order: Rows are computed together only where the ids of their sequences follow on one another.
     """
 
     cut: bool = True
     window: int = 0
     copy: Literal["part", "whole", "nothing"] = "part"
+    least_copy: int = 1
     checkpoints: int = 0
     cells: int | None = None
+    in_order: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ def find_reuse(rules: MemoryRules, tokens: list[int], sequences: Iterable[Sequen
         common = common_prefix(tokens, seq.tokens, min(seq.held, most))
         seen = max(seen, common)
         usable = usable_prefix(rules, common, seq.held, seq.peak)
-        if not is_idle and (rules.copy == "nothing" or (rules.copy == "whole" and usable < seq.held)):
+        if not is_idle and not _can_copy(rules, usable, seq):
             continue
         if usable > best or (usable == best and usable and is_idle and source is not None and source.request):
             best, source = usable, seq
@@ -106,7 +110,15 @@ def find_reuse(rules: MemoryRules, tokens: list[int], sequences: Iterable[Sequen
         return Reuse(oldest, None, 0, seen)
     if source in idle:
         lost = source.held - best
-        can_copy = rules.copy == "part" or (rules.copy == "whole" and not lost)
+        if lost and best < rules.least_copy and oldest is not source:
+            return Reuse(oldest, None, 0, seen)  # too little to give up the rest of it for
+        can_copy = _can_copy(rules, best, source)
         if not lost or not can_copy or oldest is source or (lost <= best and oldest.held):
             return Reuse(source, source, best, seen)
     return Reuse(oldest, source, best, seen)
+
+
+def _can_copy(rules: MemoryRules, length: int, seq: Sequence) -> bool:
+    if rules.copy == "nothing" or length < rules.least_copy:
+        return False
+    return rules.copy == "part" or length == seq.held

@@ -244,6 +244,8 @@ class Scheduler:
         plan.n_other_rows = len(plan.rows)
         if prompts:
             self._plan_prompts(plan, prompts, budget, now)
+        if self.rules.in_order:
+            plan.rows.sort(key=lambda rows: rows.slot)
 
     def _plan_prompts(self, plan: Plan, prompts: list[Request], budget: int, now: float) -> None:
         prompts.sort(key=lambda request: (request.place, request.number))
@@ -293,7 +295,7 @@ class Scheduler:
         """
         if not self.limits.prefix_cache or not self.rules.cut or self.rules.copy != "part":
             return False
-        least, most = held + _LEAST_CHECKPOINT, len(request.tokens) - 1
+        least, most = held + max(_LEAST_CHECKPOINT, self.rules.least_copy), len(request.tokens) - 1
         return any(
             each.rows_left > 1
             and each.priority >= request.priority

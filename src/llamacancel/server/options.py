@@ -37,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     work.add_argument(
         "--ctx-size", "-c", type=_count, metavar="N",
-        help="tokens that all slots hold together, and the most of one request (default: the model's, at most 4096)",
+        help="tokens that all slots hold together (default: for each slot what the model was trained for, at most 4096)",
+    )  # fmt: skip
+    work.add_argument(
+        "--kv-unified", action="store_true", default=None,
+        help="one cache for all slots, so that a request may use what others do not (slower with many slots; "
+        "default: each slot has its own share where the model has plain attention)",
     )  # fmt: skip
     work.add_argument("--threads", "-t", type=_count, metavar="N", help="CPU threads (default: all)")
     work.add_argument(

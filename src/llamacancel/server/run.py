@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             slots=args.slots,
             queue_limit=args.queue_limit,
             n_ctx=args.ctx_size,
+            kv_unified=args.kv_unified,
             n_threads=args.threads,
             cancel_latency=args.cancel_latency,
         )
