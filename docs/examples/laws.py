@@ -138,7 +138,8 @@ def rollback(bench: Bench) -> str:
         done = error.sequences[0].end
         ctx.decode(bench.rows(bench.length - done, pos=done))
         check(np.array_equal(ctx.logits(-1), right), "resumed, the logits have other bits")
-    return f"done again after a rollback, and resumed at {done} of {bench.length}: the same bits ({bench.model.memory_kind})"
+    kind = bench.model.memory_kind
+    return f"done again after a rollback, and resumed at {done} of {bench.length}: the same bits ({kind})"
 
 
 def latency(bench: Bench) -> str:

@@ -27,7 +27,7 @@ from .work import Work, ending_of
 
 __all__ = ["Runner", "rules_of"]
 
-_LEAST_COPY = 32  # tokens for which copying another sequence's cache pays, all of which is copied where each has its own
+_LEAST_COPY = 32  # tokens from which on it pays to copy a cache that another sequence has to itself, all of it
 _UNUSABLE = "the context is unusable"  # how the core says that an assertion has failed in it before
 
 

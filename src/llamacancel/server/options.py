@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     work.add_argument(
         "--ctx-size", "-c", type=_count, metavar="N",
-        help="tokens that all slots hold together (default: for each slot what the model was trained for, at most 4096)",
+        help="tokens that all slots hold together (default: what the model was trained for, at most 4096, for each)",
     )  # fmt: skip
     work.add_argument(
         "--kv-unified", action="store_true", default=None,
