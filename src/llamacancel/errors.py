@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from ._cancel import Cause
@@ -85,6 +85,16 @@ class DecodeCancelled(LlamaCancelError):
         self.survivors = list(survivors)
         self.rows_done = rows_done
         self.repair_seconds = repair_seconds
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), str(self), self.__dict__)
+
+
+def _restored(kind: type[DecodeCancelled], message: str, attributes: dict[str, Any]) -> DecodeCancelled:
+    """The copy of an exception, as it comes out of another process."""
+    error = kind(message, cause=attributes["cause"])
+    error.__dict__.update(attributes)
+    return error
 
 
 class DeadlineExceeded(DecodeCancelled, TimeoutError):

@@ -114,6 +114,7 @@ DECODE = [
          decode((5, 0, 1), (6, 0, 2), (7, 1, [1, 2])), params=SHARED),
     Case("decode: a shared row in a recurrent state", lc.InvalidBatchError, "row 0 several sequences recurrent", decode((5, 0, [1, 2])), "mamba", {"n_seq_max": 4}),
     Case("decode: a shared row with caches apart", lc.InvalidBatchError, "row 0 several sequences kv_unified", decode((5, 0, [1, 2])), params=OWN),
+    Case("decode: the last position that there is", lc.InvalidBatchError, "row 0 2147483647", decode((5, 2**31 - 1, 1)), params=SHARED),
     Case("decode: embeddings of the wrong width", lc.InvalidBatchError, "embeddings 32 64", lambda w: w.ctx.decode(_floats(32))),
     Case("decode: a batch that is a list", TypeError, "batch Batch list", lambda w: w.ctx.decode([1, 2, 3])),
     Case("decode: no batch", TypeError, "batch Batch NoneType", lambda w: w.ctx.decode(None)),

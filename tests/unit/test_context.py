@@ -258,6 +258,16 @@ def test_a_copied_sequence_goes_on_like_the_first(
     assert context.memory.pos_max(0) == 39
 
 
+def test_what_has_left_a_sliding_window_cannot_be_copied(model_of: LoadedModel, new_context: NewContext) -> None:
+    context = new_context("swa", n_seq_max=2)
+    context.decode(batch_of(prompt(model_of("swa"), 600)))
+    with pytest.raises(ValueError, match="window has forgotten what position 100 would look back on"):
+        context.memory.copy(0, 1, 0, 100)
+    assert (context.memory.pos_min(1), context.memory.pos_max(1)) == (-1, -1)
+    context.memory.copy(0, 1, 0, 599)  # one back: all that it looks on is there
+    assert context.memory.pos_max(1) == 598
+
+
 def test_part_of_a_shared_cache_can_be_copied(model_of: LoadedModel, new_context: NewContext) -> None:
     tokens = prompt(model_of("llama"), 40)
     context, fresh = new_context("llama", n_seq_max=2), new_context("llama")

@@ -24,7 +24,14 @@ import pytest
 
 from llamacancel._cancel import CallbackHandle, CancelToken, Cause
 from llamacancel._deadlines import Alarms
-from llamacancel.errors import DeadlineExceeded, DecodeCancelled, LlamaCancelError
+from llamacancel.errors import (
+    DeadlineExceeded,
+    DecodeCancelled,
+    LlamaCancelError,
+    LoadCancelled,
+    LoadDeadlineExceeded,
+    SequenceOutcome,
+)
 
 GENEROUS = 120.0  # seconds; a bound for what takes no time unless something is broken
 
@@ -75,6 +82,19 @@ def test_cause_is_an_enum_of_four_strings() -> None:
 
 def test_a_cause_survives_pickling() -> None:
     assert pickle.loads(pickle.dumps(Cause.SHUTDOWN)) is Cause.SHUTDOWN
+
+
+@pytest.mark.parametrize("kind", [DecodeCancelled, DeadlineExceeded, LoadCancelled, LoadDeadlineExceeded])
+def test_a_cancel_is_told_as_it_is_across_processes(kind: type[DecodeCancelled]) -> None:
+    outcome = SequenceOutcome("kept", 3, 9, True)
+    error = kind(
+        "it was enough", cause=Cause.DEADLINE, reason="why", latency=0.5, sequences={2: outcome}, survivors=[1],
+        rows_done=6, repair_seconds=0.25,
+    )  # fmt: skip
+    for told in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(told) is kind
+        assert str(told) == "it was enough"
+        assert vars(told) == vars(error)
 
 
 # Cancel

@@ -163,6 +163,9 @@ private:
 
     class Run;
 
+    // True if a sliding window has dropped what a token at `next` would look back on: going on there would be wrong.
+    bool forgot(llama_seq_id seq, llama_pos next) const;
+
     // Has the next graph handed over in pieces, see Cut::pieces_at().
     void stop_between(uint32_t n_pieces);
 

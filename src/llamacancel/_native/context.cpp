@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <chrono>
+#include <limits>
 
 #include "box.hpp"
 #include "ggml-backend.h"
@@ -195,6 +196,9 @@ std::string ContextBox::check(const BatchView & batch, bool encoding) const {
             sequence.last_row = row;
             sequence.n_rows += 1;
         }
+        if (batch.pos[row] == std::numeric_limits<int32_t>::max()) {
+            return where + "position " + text(batch.pos[row]) + " leaves none to go on from";
+        }
     }
     if (pooled()) {
         for (int32_t seq = 0; seq < n_seq_max; ++seq) {
@@ -220,12 +224,15 @@ std::vector<llama_seq_id> ContextBox::dirty_among(const BatchView & batch) const
 
 // ---- memory ----------------------------------------------------------------------------------------------
 
+bool ContextBox::forgot(llama_seq_id seq, llama_pos next) const {
+    const llama_pos looks_back_to = std::max(0, next - llama_model_n_swa(model_->get()) + 1);
+    return memory_.forgets() && looks_back_to < memory_.pos_min(seq);
+}
+
 bool ContextBox::remove(llama_seq_id seq, llama_pos p0, llama_pos p1) {
     const llama_pos last = memory_.pos_max(seq);
     const bool whole = p0 <= 0 && (p1 < 0 || p1 > last);
-    // A sliding window has forgotten what a token at p0 would look back on: going on from there would be wrong.
-    const llama_pos looks_back_to = std::max(0, p0 - llama_model_n_swa(model_->get()) + 1);
-    if (!whole && memory_.forgets() && p0 <= last && looks_back_to < memory_.pos_min(seq)) {
+    if (!whole && p0 <= last && forgot(seq, p0)) {
         return false;
     }
     // llama.cpp takes the middle of a recurrent sequence for removed, and removes it from the attention part alone.
@@ -254,6 +261,10 @@ std::string ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, l
     if (!whole && streams) {
         return "sequences with a cache of their own can be copied as a whole only (make the context with "
                "kv_unified=True)";
+    }
+    if (!whole && p1 >= 0 && p1 <= last && forgot(from, p1)) {
+        return "a sliding window has forgotten what position " + std::to_string(p1) +
+               " would look back on: copy the whole of the sequence";
     }
     const llama_pos held = memory_.pos_max(to);
     if (held >= 0 && (whole || held + 1 != std::max(p0, first))) {
