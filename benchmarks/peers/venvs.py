@@ -56,7 +56,9 @@ def _llama_cpp_python(python: Path, shape: Shape, port: int) -> list[str]:
         *(str(python), "-m", "llama_cpp.server", "--model", str(shape.model), "--port", str(port)),
         # It has no slots: requests take turns on one context.
         *("--n_ctx", str(shape.n_ctx), "--n_threads", threads, "--n_threads_batch", threads),
-        *("--n_batch", "2048", "--n_ubatch", "512"),
+        *("--n_batch", "2048", "--n_ubatch", "512", "--flash_attn", "true"),
+        # By default it computes the logits of each token of a prompt.
+        *("--logits_all", "false"),
         # By default a request that comes in ends the one that runs.
         *("--interrupt_requests", "false"),
     ]

@@ -16,6 +16,7 @@ class _Session(common.Session):
             n_ubatch=job["n_ubatch"],
             n_threads=job["threads"],
             n_threads_batch=job["threads"],
+            flash_attn=True,  # as all the others by default
             verbose=False,
         )
         self.criteria = None
