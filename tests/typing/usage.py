@@ -39,7 +39,7 @@ def models(path: Path, token: lc.CancelToken) -> None:
         assert_type(model.size, int)
         assert_type(model.load_lora("lora.gguf"), lc.LoraAdapter)
         assert_type(model.context(n_ctx=64, cancel_latency=None), lc.Context)
-        assert_type(model.memory_kind, Literal["attention", "sliding_window", "recurrent", "hybrid", "none"])
+        assert_type(model.memory_kind, Literal["attention", "sliding_window", "recurrent", "hybrid", "hybrid_sliding_window", "none", "other"])
         model.context(flash_attn="yes")  # type: ignore[arg-type]
         model.context(n_context=1)  # type: ignore[call-arg]
         model.n_vocab = 1  # type: ignore[misc]

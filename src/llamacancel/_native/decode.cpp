@@ -147,7 +147,12 @@ public:
                 box_.journal_.begin(std::move(seqs), keep_);
             }
             clear_errors();
-            compute_all();
+            try {
+                compute_all();
+            } catch (const std::bad_alloc &) {
+                outputs_ = {};
+                failed(Status::NoMemory, "out of memory");
+            }
         }
         report_.seconds = seconds_since(start);
         describe();
@@ -211,6 +216,8 @@ private:
             const int32_t code = encoding_ ? llama_encode(box_.ctx_, batch) : llama_decode(box_.ctx_, batch);
             llama_synchronize(box_.ctx_);
             return code;
+        } catch (const std::bad_alloc &) {
+            throw;
         } catch (const std::exception & error) {
             box_.broken_ = error.what();
             return kAssertion;
@@ -353,7 +360,7 @@ private:
         if (report_.interrupted) {
             report_.verdict.cause = Cause::Interrupt;
             report_.verdict.at_ns = call_.interrupted_at_ns();
-        } else if (const Verdict * verdict = call_.first_verdict()) {
+        } else if (const Verdict * verdict = call_.verdict()) {
             report_.verdict = *verdict;
         } else {
             report_.verdict = {Cause::Shutdown, "the interpreter exits", now_ns()};
@@ -372,8 +379,14 @@ private:
 
     void repair(bool last_ubatch_only) {
         const int64_t start = now_ns();
-        for (llama_seq_id seq : last_ubatch_only ? box_.journal_.rollback_last() : box_.journal_.rollback()) {
-            sequences_.at(seq).dirty = true;
+        try {
+            for (llama_seq_id seq : last_ubatch_only ? box_.journal_.rollback_last() : box_.journal_.rollback()) {
+                sequences_.at(seq).dirty = true;
+            }
+        } catch (const std::bad_alloc &) {
+            for (auto & [seq, sequence] : sequences_) {
+                sequence.dirty = true;
+            }
         }
         report_.repair_seconds = seconds_since(start);
     }

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstring>
 #include <map>
+#include <new>
 #include <optional>
 
 #include "ggml-backend.h"
@@ -255,11 +256,27 @@ struct Undo::Cache {
     // `slot`: the cells that will be written. Those in use there are overwritten, and apply_ubatch() then
     // forgets every older position of the sequences that lost a cell.
     void save(uint32_t stream, const std::vector<uint32_t> & slot) {
-        const llama_kv_cells & cells = cells_of(cache)[stream];
-        auto & marks = saved[stream];
-        Group group;
-        group.stream = stream;
+        groups.emplace_back().stream = stream;
+        try {
+            note(groups.back(), slot);
+            copy(groups.back());
+        } catch (const std::bad_alloc &) {
+            for (uint32_t idx : groups.back().copied) {
+                saved[stream][idx] = Described;
+            }
+            for (const auto * touched : {&groups.back().empty, &groups.back().idxs}) {
+                for (uint32_t idx : *touched) {
+                    saved[stream][idx] = Untouched;
+                }
+            }
+            groups.pop_back();
+            throw;
+        }
+    }
 
+    void note(Group & group, const std::vector<uint32_t> & slot) {
+        const llama_kv_cells & cells = cells_of(cache)[group.stream];
+        auto & marks = saved[group.stream];
         std::map<llama_seq_id, llama_pos> purged_to;
         for (uint32_t idx : slot) {
             if (!cells.is_empty(idx)) {
@@ -283,20 +300,18 @@ struct Undo::Cache {
                 }
                 for (const auto & [seq, to] : purged_to) {
                     if (cells.pos_get(idx) <= to && cells.seq_has(idx, seq)) {
-                        marks[idx] = Described;
                         group.idxs.push_back(idx);
+                        marks[idx] = Described;
                         break;
                     }
                 }
             }
         }
-
-        keep(std::move(group));
     }
 
     // Cells that `seq` holds, and in a sliding window all, since a search for room may take any there.
-    void save_sequence(llama_seq_id seq) {
-        Group group;
+    void save_sequence(llama_seq_id seq, const std::function<void()> & poll) {
+        Group & group = groups.emplace_back();
         group.stream = cache.get_stream(seq);
         const llama_kv_cells & cells = cells_of(cache)[group.stream];
         const bool slides = cache.*expose(WindowType{}) != LLAMA_SWA_TYPE_NONE;
@@ -308,19 +323,23 @@ struct Undo::Cache {
             }
         }
         group.copied = group.idxs;
-        keep(std::move(group));
+        copy(group, poll);
     }
 
-    void keep(Group group) {
+    void copy(Group & group, const std::function<void()> & poll = {}) {
         const CellData & cell_data = data[group.stream];
         if (!group.idxs.empty()) {
             group.cells = cells_of(cache)[group.stream].cp(group.idxs);
         }
-        group.bytes.resize(group.copied.size() * cell_data.bytes());
-        for (size_t i = 0; i < group.copied.size(); ++i) {
-            cell_data.get(group.copied[i], group.bytes.data() + i * cell_data.bytes());
+        group.bytes.reserve(group.copied.size() * cell_data.bytes());
+        for (uint32_t idx : group.copied) {
+            if (poll) {
+                poll();
+            }
+            const size_t at = group.bytes.size();
+            group.bytes.resize(at + cell_data.bytes());
+            cell_data.get(idx, group.bytes.data() + at);
         }
-        groups.push_back(std::move(group));
     }
 
     void restore() {
@@ -596,8 +615,8 @@ bool Undo::save(const llama_ubatch & ubatch) {
     return !recurrent_ || recurrent_->save(ubatch);
 }
 
-void Undo::save_sequence(llama_seq_id seq) {
-    for (auto & cache : caches_) cache->save_sequence(seq);
+void Undo::save_sequence(llama_seq_id seq, const std::function<void()> & poll) {
+    for (auto & cache : caches_) cache->save_sequence(seq, poll);
     if (recurrent_) recurrent_->save_sequence(seq);
 }
 

@@ -83,6 +83,7 @@ Status ContextBox::save_state(llama_seq_id seq, Call & call, std::vector<uint8_t
     try {
         AssertionGuard guard;
         poll(call);
+        bytes.reserve(llama_state_seq_get_size_ext(ctx_, seq, 0));
         llama_synchronize(ctx_);
         Writer writer(call, bytes);
         memory_.memory->state_write(writer, seq, 0);
@@ -102,7 +103,11 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
     const bool held = memory_.pos_max(seq) >= 0;
     Undo undo(memory_);
     undo.begin();
-    undo.save_sequence(seq);
+    try {
+        undo.save_sequence(seq, [&] { poll(call); });
+    } catch (const Cancelled &) {
+        return Status::Cancelled;
+    }
     Status status = Status::Done;
     clear_errors();
     try {
