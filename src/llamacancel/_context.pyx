@@ -253,7 +253,8 @@ cdef class Context:
             MemoryFullError: If there is no room for it. The context is as before.
             DirtySequenceError: If it names a sequence that could not be repaired.
             ContextBusyError: If another thread uses the context and there is no token to wait under.
-            DecodeFailedError: If llama.cpp failed. The context is as before.
+            DecodeFailedError: If llama.cpp failed. The context is as before, but for one whose RPC server was lost: the
+                text says so, and it can only be closed.
         """
         return self._run(batch, token, on_cancel, abort_when, False)
 
@@ -289,6 +290,9 @@ cdef class Context:
         try:
             self._acquire(&call, interrupt, what)
             try:
+                problem = box.get().unusable()
+                if not problem.empty():
+                    raise DecodeFailedError(text_of(problem))
                 problem = box.get().check(view.batch, encoding)
                 if not problem.empty():
                     raise InvalidBatchError(text_of(problem))

@@ -16,7 +16,7 @@ from cpython.pythread cimport PyThread_get_thread_ident
 from libcpp cimport bool as cbool
 from posix.unistd cimport getpid, read, write
 
-from ._lib.box cimport LogLine, begin_exit, initialize, next_log_line
+from ._lib.box cimport LogLine, begin_exit, initialize, next_log_line, serve_rpc
 from ._lib.llama cimport *
 from ._lib.token cimport now_ns
 
@@ -79,11 +79,22 @@ def build_info():
     return {
         "llama_cpp": llama_version().decode("utf-8", "replace"),
         "system": llama_print_system_info().decode("utf-8", "replace"),
-        "gpu_offload": llama_supports_gpu_offload(),
+        "gpu_offload": any(device["kind"] in ("gpu", "igpu") for device in devices),
         "rpc": llama_supports_rpc(),
         "backends": backends,
         "devices": devices,
     }
+
+
+def _serve_rpc(endpoint, n_threads):
+    """Serve this machine's devices as an RPC server; returns only if it cannot, and says why. For `rpc-server`."""
+    cdef string address = endpoint.encode()
+    cdef size_t threads = n_threads
+    cdef string problem
+    with nogil:
+        problem = serve_rpc(address, threads)
+    drain_log()
+    return text_of(problem)
 
 
 # ---- Ctrl-C, fork ----------------------------------------------------------------------------------------

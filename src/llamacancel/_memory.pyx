@@ -21,7 +21,7 @@ from ._model cimport Model
 
 from . import _params
 from ._context import _register
-from .errors import ContextError, StateError
+from .errors import ContextError, DecodeFailedError, StateError
 
 
 @cython.final
@@ -47,10 +47,14 @@ cdef class Memory:
 
     def clear(self):
         """Forget all sequences."""
+        cdef string problem
+        cdef Status status
         box = self._enter("clear", ())
         with nogil:
-            box.clear()
+            status = box.clear(problem)
             box.release()
+        if status != Status.Done:
+            raise DecodeFailedError(text_of(problem))
 
     def remove(self, seq_id, p0=0, p1=-1):
         """Forget positions p0 to p1 (without it; negative: the end) of a sequence.
@@ -74,6 +78,8 @@ cdef class Memory:
             ValueError: If this memory cannot share that part, or `dst` holds other positions.
             DirtySequenceError: If `src` or `dst` is dirty.
         """
+        cdef string problem
+        cdef Status status
         cdef llama_pos first = _params.integer("p0", p0, -2**31, 2**31 - 1)
         cdef llama_pos last = _params.integer("p1", p1, -2**31, 2**31 - 1)
         box = self._enter("copy", (src, dst))
@@ -81,11 +87,13 @@ cdef class Memory:
             dirty = [seq for seq in (src, dst) if box.dirty().count(seq)]
             if dirty:
                 self.context._raise_dirty(dirty)
-            problem = box.copy(src, dst, first, last)
-            if not problem.empty():
-                raise ValueError(text_of(problem))
+            status = box.copy(src, dst, first, last, problem)
         finally:
             box.release()
+        if status == Status.Failed:
+            raise DecodeFailedError(text_of(problem))
+        if status != Status.Done:
+            raise ValueError(text_of(problem))
 
     def keep(self, seq_id):
         """Forget all sequences but one."""
@@ -147,6 +155,7 @@ cdef class State:
         Raises:
             DecodeCancelled: If `token` was cancelled first.
             DirtySequenceError: If the sequence is dirty.
+            DecodeFailedError: If it lies on an RPC server to which the connection was lost.
         """
         cdef Call call = Call(state_of(token))
         cdef Interrupt interrupt = watch_signals(call)
@@ -166,7 +175,7 @@ cdef class State:
         if status == Status.Cancelled:
             raise_cancelled("saving a state", call, interrupt)
         if status != Status.Done:
-            raise StateError(f"the state cannot be saved: {text_of(message)}")
+            raise self._error("saved", message)
         about = self._description()
         payload = data.data()[:data.size()] if data.size() else b""
         return _STATE_HEADER.pack(_STATE_MAGIC, len(about), zlib.crc32(payload), data.size()) + about + payload
@@ -177,6 +186,7 @@ cdef class State:
         Raises:
             StateError: If `data` is damaged, belongs to another model, or does not fit. Nothing was changed.
             DecodeCancelled: If `token` was cancelled first. Nothing was changed.
+            DecodeFailedError: If it would lie on an RPC server to which the connection was lost.
         """
         buffer = memoryview(data).cast("B")
         if len(buffer) < _STATE_HEADER.size:
@@ -211,7 +221,7 @@ cdef class State:
         if status == Status.Cancelled:
             raise_cancelled("loading a state", call, interrupt)
         if status != Status.Done:
-            raise StateError(f"the state cannot be loaded: {text_of(message)}")
+            raise self._error("loaded", message)
 
     def save_file(self, path, seq_id=0, token=None):
         """Save a sequence's state to a file, which appears whole or not at all. As `save`."""
@@ -250,6 +260,11 @@ cdef class State:
             box.release()
             raise
         return box
+
+    cdef object _error(self, str what, const string & message):
+        """What to raise: a state that llama.cpp refuses is at fault itself, unless a device has gone."""
+        kind = StateError if self.context.model.box.get().lost_server().empty() else DecodeFailedError
+        return kind(f"the state cannot be {what}: {text_of(message)}")
 
     def __repr__(self):
         return f"<State of {self.context!r}>"

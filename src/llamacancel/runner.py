@@ -141,7 +141,7 @@ class Runner:
                 done = self._memory.remove(action.seq, action.length)
             else:
                 done = self._copy(action)
-        except (ValueError, DirtySequenceError):
+        except (ValueError, DirtySequenceError, DecodeFailedError):
             done = False
         if not done:
             self._lose(action.dst if isinstance(action, Copy) else action.seq, outcome)

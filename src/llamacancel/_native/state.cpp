@@ -91,7 +91,7 @@ Status ContextBox::save_state(llama_seq_id seq, Call & call, std::vector<uint8_t
         bytes.clear();
         return Status::Cancelled;
     } catch (const std::exception & error) {
-        message = error.what();
+        message = explain(error);
         return Status::Failed;
     }
 }
@@ -101,10 +101,16 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
     const InFlight in_flight;
     const bool held = memory_.pos_max(seq) >= 0;
     Undo undo(memory_);
-    undo.begin();
-    undo.save_sequence(seq);
     Status status = Status::Done;
     clear_errors();
+    try {
+        AssertionGuard guard;
+        undo.begin();
+        undo.save_sequence(seq);
+    } catch (const AssertionFailed & error) {
+        message = explain(error);
+        return Status::Failed;
+    }
     try {
         AssertionGuard guard;
         poll(call);
@@ -125,10 +131,18 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
     }
     // llama.cpp has cleared the sequence, in whole or in part: give it back what it held.
     memory_.memory->seq_rm(seq, -1, -1);
-    if (memory_.restorable()) {
-        undo.restore();
-    } else if (held) {
+    try {
+        AssertionGuard guard;
+        if (memory_.restorable()) {
+            undo.restore();
+        } else if (held) {
+            dirty_.insert(seq);
+        }
+    } catch (const AssertionFailed & error) {
+        broken_ = error.what();
         dirty_.insert(seq);
+        message = explain(error);
+        status = Status::Failed;
     }
     return status;
 }
