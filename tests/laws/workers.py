@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import signal
 import subprocess
@@ -36,7 +37,7 @@ class Worker:
         with self.process.stdout as said:
             for line in said:  # llama.cpp tells of itself and of each client, too
                 if found := re.search(r"RPC server on (127\.0\.0\.1:(\d+))", line):
-                    self._endpoint = found[1]
+                    self.said, self._endpoint = line, found[1]
                     self._listens.set()
 
     @functools.cached_property
@@ -50,8 +51,9 @@ class Worker:
         return int(self.endpoint.rpartition(":")[2])
 
     def stop(self) -> None:
-        """It computes and answers nothing until it goes on."""
+        """It computes and answers nothing until it goes on. Returns when the last of its threads has stopped."""
         self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)
