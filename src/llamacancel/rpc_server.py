@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
 
     host, port = _free(args.host, args.port)
     threads = args.threads or _params.default_threads()
-    if not host.startswith("127."):
+    here = host.startswith("127.")
+    if not here:
         print(f"llamacancel: anyone who reaches {host}:{port} can use and take over this process: the protocol has no "
               "authentication", file=sys.stderr)  # fmt: skip
     ended: list[str] = []
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         signal.signal(number, _stop)
     serving.start()
     if _listens(host, port, serving):
-        print(f"llamacancel: RPC server on {host}:{port}, {threads} threads; Ctrl-C stops it", flush=True)
+        reach = "for this machine only" if here else "for whoever reaches it"
+        print(f"llamacancel: RPC server on {host}:{port}, {reach}; {threads} threads; Ctrl-C stops it", flush=True)
     while serving.is_alive():
         serving.join(1)
     raise OSError(ended[0] if ended else f"cannot serve on {host}:{port}")
