@@ -92,7 +92,7 @@ cdef class Model:
         for server in dict.fromkeys(_params.endpoint("rpc_servers", each) for each in rpc_servers):
             servers.push_back(server.encode())
         if servers.size() and params.n_gpu_layers == 0:
-            raise ValueError("n_gpu_layers is 0, which leaves nothing for rpc_servers: give a number, or -1 for all layers")
+            raise ValueError("n_gpu_layers is 0: give a number of layers for rpc_servers, or -1 for all")
         if progress is not None and not callable(progress):
             raise TypeError(f"progress must be callable, not {progress!r}")
 

@@ -66,22 +66,18 @@ def cancelled_then_lost(context: lc.Context, worker: Worker) -> None:
         context.decode(batch((tokens(60), 60, 0)), token)
 
 
-def cleared(context: lc.Context) -> None:
-    context.memory.clear()  # has no answer: it may be the next call that learns of the loss
-    context.decode(ROWS)
-
-
 def generated(model: lc.Model, worker: Worker) -> None:
     """The answer of an engine; the worker dies in its middle."""
     with lc.Engine(model, slots=2, n_ctx=512, n_threads=1) as engine:
         generation = engine.submit("Once upon a time", max_tokens=400, sampler=lc.Sampler(temperature=0))
         wait_for(lambda: len(generation.text) > 20 or generation.finish_reason is not None, "some text")
         worker.kill()
-        generation.result()
+        tell("while an engine generates", generation.result)
+        tell("after an engine has failed", lambda: engine.submit("Once more"))
 
 
 def main() -> None:
-    workers = [Worker() for _ in range(10)]
+    workers = [Worker() for _ in range(11)]
     with lc.Model.load(cached_model("llama", "tiny")) as here, here.context(n_ctx=256, n_threads=1) as bystander:
         wanted = decode(bystander, ROWS)
         lose(workers)
@@ -140,11 +136,18 @@ def lose(workers: list[Worker]) -> None:
 
     worker = next(left)
     with context_on(worker) as context:
-        tell("while the memory is cleared", lambda: kill_stopped(lambda: cleared(context), worker))
+        saved = context.state.save(0)
+        context.memory.clear()
+        tell("while a state is loaded where there was none",
+             lambda: kill_stopped(lambda: context.state.load(0, saved), worker))
+
+    worker = next(left)
+    with context_on(worker) as context:
+        tell("while the memory is cleared", lambda: kill_stopped(context.memory.clear, worker))
 
     worker = next(left)
     with load(worker) as model:
-        tell("while an engine generates", lambda: generated(model, worker))
+        generated(model, worker)
 
 
 def _same(a: object, b: object) -> str:

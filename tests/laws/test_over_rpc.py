@@ -42,6 +42,8 @@ from .words import (
 )
 from .workers import Worker
 
+pytestmark = pytest.mark.skipif(not lc.build_info()["rpc"], reason="this build has no RPC backend")
+
 # How a model is spread: over how many workers, and how many of its layers.
 PLACES = {"one worker": (1, -1), "two workers": (2, -1), "half on a worker": (1, 2)}
 SPREAD = [
@@ -323,6 +325,14 @@ def test_a_cancelled_load_leaves_the_workers_to_the_next_one(workers: list[Worke
         assert np.isfinite(decode(context, batch((tokens(5), 0, 0)))).all()
 
 
+def test_a_worker_listens_for_this_machine_only_unless_told_otherwise_and_says_so() -> None:
+    worker = Worker()
+    assert worker.port
+    assert "127.0.0.1" in worker.said
+    assert "for this machine only" in worker.said
+    worker.kill()
+
+
 def test_a_worker_ends_cleanly_at_ctrl_c_and_says_why_it_cannot_listen(workers: list[Worker]) -> None:
     command = [sys.executable, "-m", "llamacancel", "rpc-server", "--port"]
     told = subprocess.run([*command, str(workers[0].port)], cwd=ROOT, capture_output=True, text=True, timeout=GENEROUS)
@@ -358,8 +368,10 @@ def deaths(model_path: ModelPath) -> dict[str, str]:
         ("before a recurrent state is snapshot", "DecodeFailedError"),
         ("while a state is saved", "DecodeFailedError"),
         ("while a state is loaded", "DecodeFailedError"),
+        ("while a state is loaded where there was none", "DecodeFailedError"),
         ("while the memory is cleared", "DecodeFailedError"),
-        ("while an engine generates", "DecodeFailedError"),
+        ("while an engine generates", "ClosedError"),
+        ("after an engine has failed", "ClosedError"),
     ],
 )
 def test_the_loss_of_a_worker_is_an_exception_that_names_it(phase: str, kind: str, deaths: dict[str, str]) -> None:

@@ -45,6 +45,7 @@ public:
     const llama_vocab * vocab() const noexcept { return llama_model_get_vocab(model_); }
     bool on_cpu() const noexcept { return on_cpu_; }
     std::string lost_server() const;  // what to say when the connection to a worker was lost; "" while none was
+    void confirm() const noexcept;    // waits until the workers have done what they were sent
     MemoryKind memory_kind() const noexcept { return memory_kind_; }  // of its contexts
     uint32_t positions_per_embd() const noexcept;                     // more than one for M-RoPE
     bool has_weights() const noexcept;                                // false if loaded with vocab_only
@@ -174,6 +175,9 @@ private:
 
     // True if a sliding window has dropped what a token at `next` would look back on: going on there would be wrong.
     bool forgot(llama_seq_id seq, llama_pos next) const;
+
+    // Waits until what was written to the memory has arrived; throws if a device that holds some of it is gone.
+    void confirm() const;
 
     // What to say of an exception that came out of llama.cpp.
     std::string explain(const std::exception & error) const;

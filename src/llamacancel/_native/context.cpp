@@ -71,6 +71,14 @@ std::string ContextBox::unusable() const {
     return "the context is unusable since an assertion failed in it: " + broken_;
 }
 
+void ContextBox::confirm() const {
+    model_->confirm();
+    const std::string lost = model_->lost_server();
+    if (!lost.empty()) {
+        throw AssertionFailed(lost);
+    }
+}
+
 std::string ContextBox::explain(const std::exception & error) const {
     const std::string lost = model_->lost_server();
     return lost.empty() ? error.what() : lost;
@@ -306,16 +314,14 @@ Status ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_
         if (streams) {
             ctx_->memory_update(false);  // copies now, not in the next decode, which could be cancelled in it
         }
-        message = model_->lost_server();
+        confirm();
+        return Status::Done;
     } catch (const AssertionFailed & error) {
         broken_ = error.what();
         message = explain(error);
-    }
-    if (!message.empty()) {
         memory_.memory->seq_rm(to, -1, -1);
         return Status::Failed;
     }
-    return Status::Done;
 }
 
 void ContextBox::keep(llama_seq_id seq) {
@@ -337,6 +343,7 @@ Status ContextBox::clear(std::string & message) {
     try {
         AssertionGuard guard;
         memory_.memory->clear(true);
+        confirm();
     } catch (const AssertionFailed & error) {
         broken_ = error.what();
         message = explain(error);

@@ -325,6 +325,7 @@ private:
                 const int64_t start = now_ns();
                 sequence.rolled_back = true;
                 sequence.dirty = !box_.journal_.rollback_sequence(seq, sequence.start);
+                box_.confirm();
                 report_.repair_seconds += seconds_since(start);
             }
         }
@@ -381,6 +382,7 @@ private:
             for (llama_seq_id seq : last_ubatch_only ? box_.journal_.rollback_last() : box_.journal_.rollback()) {
                 sequences_.at(seq).dirty = true;
             }
+            box_.confirm();
         } catch (const std::exception & error) {  // the memory is on a device that is gone
             broken(error);
             for (auto & [seq, sequence] : sequences_) {

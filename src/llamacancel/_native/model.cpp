@@ -360,8 +360,8 @@ Status ModelBox::load(const std::string & path, llama_model_params params, const
         servers.push_back(std::move(server));
     }
     if (!servers.empty()) {
-        for (size_t i = 0; i < ggml_backend_dev_count();
-             ++i) {  // after them this machine's own, as llama.cpp orders them
+        // after them this machine's own, as llama.cpp orders them
+        for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
             if (ggml_backend_dev_type(ggml_backend_dev_get(i)) == GGML_BACKEND_DEVICE_TYPE_GPU) {
                 devices.push_back(ggml_backend_dev_get(i));
             }
@@ -438,6 +438,12 @@ ModelBox::~ModelBox() { llama_model_free(model_); }
 std::string ModelBox::lost_server() const {
     const std::string lost = lost_among(servers_);
     return lost.empty() ? "" : lost + ": close the model's contexts, and load it again";
+}
+
+void ModelBox::confirm() const noexcept {
+    for (const auto & server : servers_) {
+        server->confirm();
+    }
 }
 
 uint32_t ModelBox::positions_per_embd() const noexcept { return model_->hparams.n_pos_per_embd(); }

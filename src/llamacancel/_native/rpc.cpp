@@ -207,6 +207,14 @@ bool RpcServer::lost() const noexcept {
     return is_lost && std::any_of(backends_.begin(), backends_.end(), is_lost);
 }
 
+void RpcServer::confirm() const noexcept {
+    static const auto do_confirm =
+        function_of<bool(ggml_backend_t)>(ggml_backend_reg_by_name("RPC"), "ggml_backend_rpc_confirm");
+    if (do_confirm) {
+        do_confirm(backends_.front());  // the connection is that of all
+    }
+}
+
 std::string serve_rpc(const std::string & endpoint, size_t n_threads) {
     const auto start_server = function_of<decltype(ggml_backend_rpc_start_server)>(ggml_backend_reg_by_name("RPC"),
                                                                                    "ggml_backend_rpc_start_server");

@@ -30,6 +30,9 @@ public:
     // True once the worker did not answer. A llama.cpp without our patch ends the process instead.
     bool lost() const noexcept;
 
+    // Waits until the worker has done what it was sent: what is written to it has no answer. See lost() then.
+    void confirm() const noexcept;
+
 private:
     explicit RpcServer(const std::string & endpoint) : endpoint_(endpoint) {}
 

@@ -120,6 +120,7 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
         if (!reader.at_end()) {
             throw std::runtime_error("the state has bytes left over");
         }
+        confirm();
         dirty_.erase(seq);
         return Status::Done;
     } catch (const Cancelled &) {
@@ -127,7 +128,8 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
     } catch (const std::exception & error) {
         // llama.cpp's reader may have turned our Cancelled into an error of its own.
         status = call.stopped() || exiting() ? Status::Cancelled : Status::Failed;
-        message = last_errors().empty() ? error.what() : last_errors();
+        const std::string lost = model_->lost_server();
+        message = !lost.empty() ? lost : last_errors().empty() ? error.what() : last_errors();
     }
     // llama.cpp has cleared the sequence, in whole or in part: give it back what it held.
     memory_.memory->seq_rm(seq, -1, -1);
@@ -135,6 +137,7 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
         AssertionGuard guard;
         if (memory_.restorable()) {
             undo.restore();
+            confirm();
         } else if (held) {
             dirty_.insert(seq);
         }
