@@ -2,7 +2,8 @@
 #
 #   -DLLAMACANCEL_LLAMA_DIR=DIR   build from this checkout instead of vendor/llama.cpp
 #   -DGGML_NATIVE=OFF             portable code for the instruction sets that ggml's GGML_AVX2, ... name
-#   -DGGML_CUDA=ON, -DGGML_METAL=ON, -DGGML_VULKAN=ON, -DGGML_RPC=ON
+#   -DGGML_CUDA=ON, -DGGML_METAL=ON, -DGGML_VULKAN=ON
+#   -DGGML_RPC=OFF                without the devices of other processes and machines
 
 set(LLAMACANCEL_LLAMA_DIR "" CACHE PATH "llama.cpp checkout to build from (empty: vendor/llama.cpp)")
 set(llama_dir ${LLAMACANCEL_LLAMA_DIR})
@@ -24,6 +25,8 @@ foreach(part COMMON TESTS TOOLS EXAMPLES SERVER APP)
     set(LLAMA_BUILD_${part} OFF CACHE BOOL "" FORCE)
 endforeach()
 set(LLAMA_OPENSSL OFF CACHE BOOL "" FORCE)
+set(GGML_RPC ON CACHE BOOL "models split over worker processes")
+set(GGML_RPC_RDMA OFF CACHE BOOL "RPC over RDMA, which needs libibverbs on every machine that runs the library")
 
 # An assertion of ggml's that fails on our thread is turned into an exception (see _native/guard.cpp),
 # which has to pass through ggml's C frames.

@@ -34,7 +34,7 @@ class FetchError(Exception):
 def download(lock: dict, folder: pathlib.Path) -> pathlib.Path:
     """Download the locked sdist into `folder` with pip and return its path."""
     # PYTHONPATH and friends point into the isolated environment of the build that we run in, and to its backend.
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "_PYPROJECT_HOOKS"))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PEP517", "_PYPROJECT_HOOKS"))}
     requirement = f"{lock['package']}=={lock['version']}"
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps",
                "--no-binary", lock["package"], "--dest", str(folder), requirement]

@@ -156,11 +156,8 @@ cdef class Context:
         cut = Cut.exactly(limit)
         on_cpu = model_box.get().on_cpu()
         if cancel_latency is not None and not (on_cpu and (one_piece or n_ubatch is not None)):
-            try:
-                with nogil:
-                    cost = model_box.get().gap_cost(params.n_threads_batch)
-            except RuntimeError as error:  # an assertion of llama.cpp's
-                raise ContextError(f"the model cannot be run: {error}") from None
+            with nogil:
+                cost = model_box.get().gap_cost(params.n_threads_batch)
             cut = Cut.choose(target, cost, limit) if on_cpu else Cut.for_device(target, cost, limit)
         if _n_pieces is not None:  # a seam for tests: a CPU that is stopped between pieces of a graph only
             cut.n_pieces = _params.integer("_n_pieces", _n_pieces, 1, 2**31 - 1)
@@ -264,7 +261,8 @@ cdef class Context:
             MemoryFullError: If there is no room for it. The context is as before.
             DirtySequenceError: If it names a sequence that could not be repaired.
             ContextBusyError: If another thread uses the context and there is no token to wait under.
-            DecodeFailedError: If llama.cpp failed. The context is as before.
+            DecodeFailedError: If llama.cpp failed. The context is as before, but for one whose RPC server was lost: the
+                text says so, and it can only be closed.
         """
         return self._run(batch, token, on_cancel, abort_when, False)
 
@@ -301,6 +299,9 @@ cdef class Context:
         try:
             self._acquire(&call, interrupt, what, lambda: _untouched(batch, token))
             try:
+                problem = box.get().unusable()
+                if not problem.empty():
+                    raise DecodeFailedError(text_of(problem))
                 problem = box.get().check(view.batch, encoding)
                 if not problem.empty():
                     raise InvalidBatchError(text_of(problem))

@@ -17,7 +17,7 @@ from cpython.ref cimport Py_DECREF, PyObject
 from libcpp cimport bool as cbool
 from posix.unistd cimport getpid, read, write
 
-from ._lib.box cimport LogLine, after_fork_in_child, begin_exit, initialize, next_log_line
+from ._lib.box cimport LogLine, after_fork_in_child, begin_exit, initialize, next_log_line, serve_rpc
 from ._lib.llama cimport *
 from ._lib.token cimport now_ns
 
@@ -89,11 +89,22 @@ def build_info():
     return {
         "llama_cpp": llama_version().decode("utf-8", "replace"),
         "system": llama_print_system_info().decode("utf-8", "replace"),
-        "gpu_offload": llama_supports_gpu_offload(),
+        "gpu_offload": any(device["kind"] in ("gpu", "igpu") for device in devices),
         "rpc": llama_supports_rpc(),
         "backends": backends,
         "devices": devices,
     }
+
+
+def _serve_rpc(endpoint, n_threads):
+    """Serve this machine's devices as an RPC server; returns only if it cannot, and says why. For `rpc-server`."""
+    cdef string address = endpoint.encode()
+    cdef size_t threads = n_threads
+    cdef string problem
+    with nogil:
+        problem = serve_rpc(address, threads)
+    drain_log()
+    return text_of(problem)
 
 
 # ---- Ctrl-C, fork ----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from ._llama cimport Interrupt, check_call, drain_log, raise_cancelled, text_of,
 
 from . import _params
 from ._context import _register
-from .errors import ContextError, StateError
+from .errors import ContextError, DecodeFailedError, StateError
 
 
 @cython.final
@@ -44,12 +44,16 @@ cdef class Memory:
 
     def clear(self):
         """Forget all sequences."""
+        cdef string problem
+        cdef Status status
         box = self._enter("clear")
         try:
             with nogil:
-                box.clear()
+                status = box.clear(problem)
         finally:
             box.release()
+        if status != Status.Done:
+            raise DecodeFailedError(text_of(problem))
 
     def remove(self, seq_id, p0=0, p1=-1):
         """Forget positions p0 to p1 (without it; negative: the end) of a sequence.
@@ -77,21 +81,24 @@ cdef class Memory:
             ValueError: If this memory cannot share that part, or `dst` holds other positions.
             DirtySequenceError: If `src` or `dst` is dirty.
         """
+        cdef string problem
+        cdef Status status
         cdef llama_pos first = _params.integer("p0", p0, -2**31, 2**31 - 1)
         cdef llama_pos last = _params.integer("p1", p1, -2**31, 2**31 - 1)
         cdef llama_seq_id source = self.context._check_seq(src), target = self.context._check_seq(dst)
-        cdef string problem
         box = self._enter("copy")
         try:
             dirty = [seq for seq in (source, target) if box.dirty().count(seq)]
             if dirty:
                 self.context._raise_dirty(dirty)
             with nogil:
-                problem = box.copy(source, target, first, last)
-            if not problem.empty():
-                raise ValueError(text_of(problem))
+                status = box.copy(source, target, first, last, problem)
         finally:
             box.release()
+        if status == Status.Failed:
+            raise DecodeFailedError(text_of(problem))
+        if status != Status.Done:
+            raise ValueError(text_of(problem))
 
     def keep(self, seq_id):
         """Forget all sequences but one."""
@@ -158,6 +165,7 @@ cdef class State:
         Raises:
             DecodeCancelled: If `token` was cancelled first.
             DirtySequenceError: If the sequence is dirty.
+            DecodeFailedError: If it lies on an RPC server to which the connection was lost.
         """
         cdef llama_seq_id seq = self.context._check_seq(seq_id)
         cdef Call call = Call(state_of(token))
@@ -178,7 +186,7 @@ cdef class State:
         if status == Status.Cancelled:
             raise_cancelled("saving a state", call, interrupt)
         if status != Status.Done:
-            raise StateError(f"the state cannot be saved: {text_of(message)}")
+            raise self._error("saved", message)
 
         cdef size_t n_before = _STATE_HEADER.size + len(about), n = data.size(), done = 0, piece
         cdef bytes result = PyBytes_FromStringAndSize(NULL, n_before + n)
@@ -202,6 +210,7 @@ cdef class State:
         Raises:
             StateError: If `data` is damaged, belongs to another model, or does not fit. Nothing was changed.
             DecodeCancelled: If `token` was cancelled first. Nothing was changed.
+            DecodeFailedError: If it would lie on an RPC server to which the connection was lost.
         """
         cdef llama_seq_id seq = self.context._check_seq(seq_id)
         buffer = memoryview(data).cast("B")
@@ -240,7 +249,7 @@ cdef class State:
         if status == Status.Cancelled:
             raise_cancelled("loading a state", call, interrupt)
         if status != Status.Done:
-            raise StateError(f"the state cannot be loaded: {text_of(message)}")
+            raise self._error("loaded", message)
 
     def save_file(self, path, seq_id=0, token=None):
         """Save a sequence's state to a file, which appears whole or not at all. As `save`."""
@@ -275,6 +284,11 @@ cdef class State:
             box.release()
             raise ContextError("the model is an encoder: its contexts have no state")
         return box
+
+    cdef object _error(self, str what, const string & message):
+        """What to raise: a state that llama.cpp refuses is at fault itself, unless a device has gone."""
+        kind = StateError if self.context.box.get().model().get().lost_server().empty() else DecodeFailedError
+        return kind(f"the state cannot be {what}: {text_of(message)}")
 
     def __repr__(self):
         return f"<State of {self.context!r}>"

@@ -29,6 +29,7 @@ class Model:
         main_gpu: int = 0,
         split_mode: Literal["none", "layer", "row"] = "layer",
         tensor_split: Iterable[float] | None = None,
+        rpc_servers: Iterable[str] = (),
     ) -> Model: ...
     def context(
         self,

@@ -57,19 +57,23 @@ cdef class Model:
 
     @staticmethod
     def load(path, n_gpu_layers=0, progress=None, token=None, *, use_mmap=True, use_mlock=False, check_tensors=False,
-             vocab_only=False, main_gpu=0, split_mode="layer", tensor_split=None):
+             vocab_only=False, main_gpu=0, split_mode="layer", tensor_split=None, rpc_servers=()):
         """Load a model from a GGUF file (the first one of a split model).
 
         Args:
             path: The file.
-            n_gpu_layers: Layers to keep on GPUs; negative for all. Ignored in a build without a GPU backend.
+            n_gpu_layers: Layers to keep on GPUs and RPC servers; negative for all. Ignored where there are none.
             progress: Called with a share of 0 to 1 as the load goes on; an exception in it stops the load.
             token: Cancels the load.
             use_mmap, use_mlock, check_tensors, vocab_only, main_gpu, split_mode, tensor_split: As in llama.cpp.
+            rpc_servers: Workers to split the layers over, each "host:port" of a `llamacancel rpc-server` or
+                llama.cpp's own. They come before this machine's GPUs; `tensor_split` counts all. What is sent to
+                them is neither encrypted nor authenticated.
 
         Raises:
             LoadCancelled: If `token` was cancelled; nothing of the model is left in memory.
-            ModelLoadError: If the file is missing, is no GGUF file, is damaged, or cannot be run.
+            ModelLoadError: If the file is missing, is no GGUF file, is damaged, or cannot be run; if nobody answers at
+                an endpoint of `rpc_servers` within a few seconds, or a worker is lost on the way.
         """
         cdef llama_model_params params = llama_model_default_params()
         cdef vector[float] split
@@ -87,6 +91,13 @@ cdef class Model:
                     raise ValueError(f"tensor_split has more than {split.size()} entries")
                 split[i] = _params.number("tensor_split", share, 0)
             params.tensor_split = split.data()
+        cdef vector[string] servers
+        if isinstance(rpc_servers, (str, bytes)):
+            raise TypeError(f"rpc_servers must be a sequence of \"host:port\", not {rpc_servers!r}")
+        for server in dict.fromkeys(_params.endpoint("rpc_servers", each) for each in rpc_servers):
+            servers.push_back(server.encode())
+        if servers.size() and params.n_gpu_layers == 0:
+            raise ValueError("n_gpu_layers is 0: give a number of layers for rpc_servers, or -1 for all")
         if progress is not None and not callable(progress):
             raise TypeError(f"progress must be callable, not {progress!r}")
 
@@ -105,7 +116,7 @@ cdef class Model:
         if b"\0" in os.fsencode(path):
             raise ModelLoadError(f"{path!r}: not a path (it contains a zero byte)")
         with nogil:
-            status = ModelBox.load(name, params, call, callback, <void *> report, box, message)
+            status = ModelBox.load(name, params, servers, call, callback, <void *> report, box, message)
         drain_log()
         if report.error is not None:
             raise report.error

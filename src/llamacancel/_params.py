@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["LatencyPlan", "choice", "default_threads", "integer", "number"]
+__all__ = ["LatencyPlan", "choice", "default_threads", "endpoint", "integer", "number"]
 
 POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
 ROPE_SCALING = {"none": 0, "linear": 1, "yarn": 2, "longrope": 3}
@@ -43,6 +43,18 @@ def choice(name: str, value: Any, choices: dict[Any, int]) -> int:
         return choices[value]
     except (KeyError, TypeError):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}") from None
+
+
+def endpoint(name: str, value: Any) -> str:
+    """`value` if it is "host:port", or an exception that names the argument. llama.cpp's RPC knows IPv4 only."""
+    if not isinstance(value, str):
+        raise TypeError(f'{name} must name each server as "host:port", not {value!r}')
+    host, _, port = value.rpartition(":")
+    if not host or ":" in host or not host.isascii() or any(c.isspace() or not c.isprintable() for c in host):
+        raise ValueError(f'{name} must name each server as "host:port" (IPv4 or a name), not {value!r}')
+    if not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+        raise ValueError(f"{name}: {value!r} has no port from 1 to 65535")
+    return f"{host}:{int(port)}"
 
 
 def default_threads() -> int:

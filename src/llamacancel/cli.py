@@ -1,4 +1,4 @@
-"""The command line: `llamacancel serve`, `generate`, `demo`, `conformance`, `make-model`, `info`."""
+"""The command line: `llamacancel serve`, `generate`, `demo`, `conformance`, `rpc-server`, `make-model`, `info`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import conformance, demo, generate, make_model
+    from . import conformance, demo, generate, make_model, rpc_server
     from .server import options as server
 
     parser = argparse.ArgumentParser(
@@ -58,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     conformance.add_arguments(command)
     command.set_defaults(run=conformance.run)
+
+    command = _add(commands, "rpc-server", "compute layers of models for other processes, as one of their devices")
+    rpc_server.add_arguments(command)
+    command.set_defaults(run=rpc_server.run)
 
     command = _add(commands, "make-model", "make a small GGUF model to try things with")
     make_model.add_arguments(command)

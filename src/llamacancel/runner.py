@@ -29,6 +29,7 @@ __all__ = ["Runner", "rules_of"]
 
 _LEAST_COPY = 32  # tokens from which on it pays to copy a cache that another sequence has to itself, all of it
 _UNUSABLE = "the context is unusable"  # how the core says that an assertion has failed in it before
+_LOST = "the connection to the RPC server"  # how it says that the model is lost, and every context with it
 
 
 def rules_of(model: Model, *, slots: int, checkpoints: int | None, unified: bool, swa_full: bool) -> MemoryRules:
@@ -141,7 +142,7 @@ class Runner:
                 done = self._memory.remove(action.seq, action.length)
             else:
                 done = self._copy(action)
-        except (ValueError, DirtySequenceError):
+        except (ValueError, DirtySequenceError, DecodeFailedError):
             done = False
         if not done:
             self._lose(action.dst if isinstance(action, Copy) else action.seq, outcome)
@@ -208,6 +209,8 @@ class Runner:
 
     def _failed(self, error: Exception, outcome: Outcome) -> None:
         outcome.error = error
+        if str(error).startswith(_LOST):
+            raise error
         if isinstance(error, DirtySequenceError):
             for seq in error.seq_ids:
                 self._lose(seq, outcome)
@@ -268,6 +271,8 @@ class Runner:
             told = error.sequences
             outcome.aborted = self.stop.cancelled
         except (DecodeFailedError, MemoryFullError, InvalidBatchError, DirtySequenceError, ContextBusyError) as error:
+            if str(error).startswith(_LOST):
+                raise
             outcome.error, outcome.fault = error, Fault.FAILED
             context.close()
             self._embedder = None

@@ -46,6 +46,8 @@ def models(path: Path, token: lc.CancelToken) -> None:
         model.context(n_context=1)  # type: ignore[call-arg]
         model.n_vocab = 1  # type: ignore[misc]
     lc.Model.load(path, split_mode="column")  # type: ignore[arg-type]
+    lc.Model.load(path, n_gpu_layers=-1, rpc_servers=["127.0.0.1:50052"]).close()
+    lc.Model.load(path, rpc_servers=[50052])  # type: ignore[list-item]
 
 
 def contexts(model: lc.Model, adapter: lc.LoraAdapter, token: lc.CancelToken) -> None:

@@ -68,6 +68,20 @@ def test_a_request_with_which_every_step_fails_ends_alone(arch: str, failing: Ca
         assert idle_slots(e) == 3
 
 
+def test_an_engine_whose_model_has_lost_its_server_fails_as_a_whole_and_says_why(
+    failing: Callable[..., lc.Engine],
+) -> None:
+    lost = failed("the connection to the RPC server 127.0.0.1:50052 was lost: close it")
+    with failing("llama", lambda seqs, number: lost if number == 4 else None, slots=2) as e:
+        with Gate(e):
+            generations = [e.submit(ids(40, seed), max_tokens=8, sampler=greedy()) for seed in range(3)]
+        for generation in generations:
+            with pytest.raises(lc.ClosedError, match=r"the engine failed: .*50052 was lost"):
+                generation.result(60)
+        with pytest.raises(lc.ClosedError, match="50052 was lost"):
+            e.submit(ids(4))
+
+
 def test_a_step_that_fails_once_is_done_again(failing: Callable[..., lc.Engine]) -> None:
     prompts = [ids(40, seed) for seed in range(3)]
     with failing("llama", lambda seqs, number: failed() if number == 4 else None, slots=3) as e:

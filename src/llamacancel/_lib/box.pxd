@@ -1,5 +1,6 @@
-# The native core as Cython sees it: declarations of _native/{call,cut,memory,outputs,box,guard,sampler}.hpp.
+# The native core as Cython sees it: declarations of _native/{call,cut,memory,outputs,box,guard,rpc,sampler}.hpp.
 
+from libc.stddef cimport size_t
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t
 from libcpp cimport bool
 from libcpp.map cimport map as cppmap
@@ -142,11 +143,12 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
 
     cppclass ModelBox:
         @staticmethod
-        Status load(const string & path, llama_model_params params, Call & call, ProgressCallback progress,
-                    void * arg, shared_ptr[ModelBox] & box, string & message) except +
+        Status load(const string & path, llama_model_params params, const vector[string] & rpc_servers, Call & call,
+                    ProgressCallback progress, void * arg, shared_ptr[ModelBox] & box, string & message) except +
         llama_model * get() noexcept
         const llama_vocab * vocab() noexcept
         bool on_cpu() noexcept
+        string lost_server() except +
         bool has_weights() noexcept
         int32_t max_positions() noexcept
         bool causal() noexcept
@@ -166,6 +168,7 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
                                     string & message) except +
         Status acquire(Call * call) except +
         void release() noexcept
+        string unusable() except +
         string check(const BatchView & batch, bool encoding) except +
         vector[llama_seq_id] dirty_among(const BatchView & batch) except +
         DecodeReport decode(const BatchView & batch, Call & call, const cppmap[llama_seq_id, shared_ptr[TokenState]] & tokens,
@@ -173,9 +176,9 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         DecodeReport encode(const BatchView & batch, Call & call) except +
         int32_t decode_bare(const BatchView & batch) except +
         bool remove(llama_seq_id seq, llama_pos p0, llama_pos p1) except +
-        string copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) except +
+        Status copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1, string & message) except +
         void keep(llama_seq_id seq) except +
-        void clear() except +
+        Status clear(string & message) except +
         Status save_state(llama_seq_id seq, Call & call, vector[uint8_t] & bytes, string & message) except +
         Status load_state(llama_seq_id seq, const uint8_t * bytes, size_t size, Call & call, string & message) except +
         llama_context * get() noexcept
@@ -195,6 +198,10 @@ cdef extern from "guard.hpp" namespace "llamacancel" nogil:
         int level
         string text
     bool next_log_line(LogLine & line) except +
+
+
+cdef extern from "rpc.hpp" namespace "llamacancel" nogil:
+    string serve_rpc(const string & endpoint, size_t n_threads) except +
 
 
 cdef extern from "sampler.hpp" namespace "llamacancel" nogil:

@@ -89,7 +89,6 @@ cdef extern from "llama.h" nogil:
     llama_sampler_chain_params llama_sampler_chain_default_params()
     const char * llama_version()
     const char * llama_print_system_info()
-    bool llama_supports_gpu_offload()
     bool llama_supports_rpc()
     size_t llama_max_devices()
     size_t llama_max_parallel_sequences()

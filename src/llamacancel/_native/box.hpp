@@ -21,6 +21,7 @@
 #include "llama.h"
 #include "memory.hpp"
 #include "outputs.hpp"
+#include "rpc.hpp"
 
 namespace llamacancel {
 
@@ -32,9 +33,10 @@ enum class Status : uint8_t { Done, Cancelled, Invalid, Full, Failed, Busy, NoMe
 class ModelBox {
 public:
     // Loads under `call`; `progress`, if any, is called with a share of 0 to 1 and stops the load by returning false.
-    static Status load(const std::string & path, llama_model_params params, Call & call,
-                       llama_progress_callback progress, void * progress_arg, std::shared_ptr<ModelBox> & box,
-                       std::string & message);
+    // `rpc_servers`: "host:port" of workers that get layers before this machine's GPUs do.
+    static Status load(const std::string & path, llama_model_params params,
+                       const std::vector<std::string> & rpc_servers, Call & call, llama_progress_callback progress,
+                       void * progress_arg, std::shared_ptr<ModelBox> & box, std::string & message);
     ~ModelBox();
     ModelBox(const ModelBox &) = delete;
     ModelBox & operator=(const ModelBox &) = delete;
@@ -42,6 +44,8 @@ public:
     llama_model * get() const noexcept { return model_; }
     const llama_vocab * vocab() const noexcept { return llama_model_get_vocab(model_); }
     bool on_cpu() const noexcept { return on_cpu_; }
+    std::string lost_server() const;  // what to say when the connection to a worker was lost; "" while none was
+    void confirm() const noexcept;    // waits until the workers have done what they were sent
     MemoryKind memory_kind() const noexcept { return memory_kind_; }  // of its contexts
     uint32_t positions_per_embd() const noexcept;                     // more than one for M-RoPE
     bool has_weights() const noexcept;                                // false if loaded with vocab_only
@@ -66,11 +70,14 @@ public:
     GapCost gap_cost(int32_t n_threads);
 
 private:
-    ModelBox(llama_model * model, bool on_cpu) : model_(model), on_cpu_(on_cpu) {}
+    using Servers = std::vector<std::shared_ptr<RpcServer>>;
+    ModelBox(llama_model * model, bool on_cpu, Servers servers)
+        : servers_(std::move(servers)), model_(model), on_cpu_(on_cpu) {}
 
     // Makes a small context and looks at its graph, for what the kernels would end the process on.
     std::string try_out();
 
+    const Servers servers_;  // outlive the model
     llama_model * model_;
     const bool on_cpu_;
     MemoryKind memory_kind_ = MemoryKind::None;
@@ -131,6 +138,9 @@ public:
 
     // All of these want the context acquired.
 
+    // Why nothing can be computed here any more; "" if something can. To be asked before check().
+    std::string unusable() const;
+
     // Says what is wrong with the batch, or "" if llama.cpp can take it.
     std::string check(const BatchView & batch, bool encoding) const;
     std::vector<llama_seq_id> dirty_among(const BatchView & batch) const;
@@ -142,9 +152,9 @@ public:
     int32_t decode_bare(const BatchView & batch);  // llama_decode() itself, for comparison
 
     bool remove(llama_seq_id seq, llama_pos p0, llama_pos p1);
-    std::string copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1);
+    Status copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1, std::string & message);
     void keep(llama_seq_id seq);
-    void clear();
+    Status clear(std::string & message);
 
     // The state of one sequence as bytes, and back; polls `call` between tensors. A load that fails or is
     // cancelled leaves the sequence as it was.
@@ -167,6 +177,12 @@ private:
 
     // True if a sliding window has dropped what a token at `next` would look back on: going on there would be wrong.
     bool forgot(llama_seq_id seq, llama_pos next) const;
+
+    // Waits until what was written to the memory has arrived; throws if a device that holds some of it is gone.
+    void confirm() const;
+
+    // What to say of an exception that came out of llama.cpp.
+    std::string explain(const std::exception & error) const;
 
     // Has the next graph handed over in pieces, see Cut::pieces_at().
     void stop_between(uint32_t n_pieces);

@@ -13,17 +13,28 @@ namespace llamacancel {
 std::shared_ptr<ContextBox> ContextBox::make(std::shared_ptr<ModelBox> model, llama_context_params params,
                                              const Cut & cut, std::string & message) {
     clear_errors();
+    message = model->lost_server();
+    if (!message.empty()) {
+        return nullptr;
+    }
+    std::shared_ptr<ContextBox> box;
     try {
         AssertionGuard guard;
         params.n_ubatch = cut.n_ubatch;
         if (llama_context * ctx = model->make_context(params)) {
-            return std::shared_ptr<ContextBox>(new ContextBox(std::move(model), ctx, cut, params.embeddings));
+            box.reset(new ContextBox(model, ctx, cut, params.embeddings));
+        } else {
+            message = last_errors();
         }
-        message = last_errors();
     } catch (const std::exception & error) {
         message = error.what();
     }
-    return nullptr;
+    const std::string lost = model->lost_server();
+    if (!lost.empty()) {
+        message = lost;
+        box.reset();
+    }
+    return box;
 }
 
 ContextBox::ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, const Cut & cut, bool output_all)
@@ -33,7 +44,8 @@ ContextBox::ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, con
       output_all_(output_all),
       memory_(llama_get_memory(ctx), output_all),
       journal_(memory_) {
-    llama_set_abort_callback(ctx_, [](void * slot) { return CallSlot::trampoline(slot) || exiting(); }, &slot_);
+    llama_set_abort_callback(
+        ctx_, [](void * slot) { return CallSlot::trampoline(slot) || exiting(); }, &slot_);
 }
 
 ContextBox::~ContextBox() { llama_free(ctx_); }
@@ -50,6 +62,27 @@ void ContextBox::stop_between([[maybe_unused]] uint32_t n_pieces) {
         }
     }
 #endif
+}
+
+std::string ContextBox::unusable() const {
+    const std::string lost = model_->lost_server();
+    if (!lost.empty() || broken_.empty()) {
+        return lost;
+    }
+    return "the context is unusable since an assertion failed in it: " + broken_;
+}
+
+void ContextBox::confirm() const {
+    model_->confirm();
+    const std::string lost = model_->lost_server();
+    if (!lost.empty()) {
+        throw AssertionFailed(lost);
+    }
+}
+
+std::string ContextBox::explain(const std::exception & error) const {
+    const std::string lost = model_->lost_server();
+    return lost.empty() ? error.what() : lost;
 }
 
 bool ContextBox::pooled() const noexcept { return output_all_ && llama_pooling_type(ctx_) != LLAMA_POOLING_TYPE_NONE; }
@@ -258,35 +291,49 @@ bool ContextBox::remove(llama_seq_id seq, llama_pos p0, llama_pos p1) {
     return true;
 }
 
-std::string ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1) {
+Status ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1, std::string & message) {
     const InFlight in_flight;
+    const auto refused = [&](std::string why) {
+        message = std::move(why);
+        return Status::Invalid;
+    };
     const llama_pos first = memory_.pos_min(from), last = memory_.pos_max(from);
     if (from == to || last < 0) {
-        return "";
+        return Status::Done;
     }
     const bool whole = p0 <= first && (p1 < 0 || p1 > last);
     if (!whole && memory_.recurrent) {
-        return "a recurrent state can be copied as a whole only";
+        return refused("a recurrent state can be copied as a whole only");
     }
     const bool streams = !memory_.caches.empty() && memory_.caches[0]->get_n_stream() > 1;
     if (!whole && streams) {
-        return "sequences with a cache of their own can be copied as a whole only (make the context with "
-               "kv_unified=True)";
+        return refused(
+            "sequences with a cache of their own can be copied as a whole only (make the context with "
+            "kv_unified=True)");
     }
     if (!whole && p1 >= 0 && p1 <= last && forgot(from, p1)) {
-        return "a sliding window has forgotten what position " + std::to_string(p1) +
-               " would look back on: copy the whole of the sequence";
+        return refused("a sliding window has forgotten what position " + std::to_string(p1) +
+                       " would look back on: copy the whole of the sequence");
     }
     const llama_pos held = memory_.pos_max(to);
     if (held >= 0 && (whole || held + 1 != std::max(p0, first))) {
-        return "sequence " + std::to_string(to) + " holds positions up to " + std::to_string(held) +
-               "; remove it first";
+        return refused("sequence " + std::to_string(to) + " holds positions up to " + std::to_string(held) +
+                       "; remove it first");
     }
-    memory_.memory->seq_cp(from, to, whole ? -1 : p0, whole ? -1 : p1);
-    if (streams) {
-        ctx_->memory_update(false);  // copies now, not in the next decode, which could be cancelled in it
+    try {
+        AssertionGuard guard;
+        memory_.memory->seq_cp(from, to, whole ? -1 : p0, whole ? -1 : p1);
+        if (streams) {
+            ctx_->memory_update(false);  // copies now, not in the next decode, which could be cancelled in it
+        }
+        confirm();
+        return Status::Done;
+    } catch (const AssertionFailed & error) {
+        broken_ = error.what();
+        message = explain(error);
+        memory_.memory->seq_rm(to, -1, -1);
+        return Status::Failed;
     }
-    return "";
 }
 
 void ContextBox::keep(llama_seq_id seq) {
@@ -305,10 +352,19 @@ void ContextBox::keep(llama_seq_id seq) {
     }
 }
 
-void ContextBox::clear() {
+Status ContextBox::clear(std::string & message) {
     const InFlight in_flight;
-    memory_.memory->clear(true);
+    try {
+        AssertionGuard guard;
+        memory_.memory->clear(true);
+        confirm();
+    } catch (const AssertionFailed & error) {
+        broken_ = error.what();
+        message = explain(error);
+        return Status::Failed;
+    }
     dirty_.clear();
+    return Status::Done;
 }
 
 }  // namespace llamacancel

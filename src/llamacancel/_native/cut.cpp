@@ -17,13 +17,15 @@ namespace llamacancel {
 namespace {
 
 #ifdef LLAMACANCEL_PATCHED
-constexpr uint32_t kFewestRows = 64;  // the token is looked at inside a node: fewer would cost throughput and gain little
+constexpr uint32_t kFewestRows =
+    64;  // the token is looked at inside a node: fewer would cost throughput and gain little
 #else
 constexpr uint32_t kFewestRows = 8;
 #endif
 constexpr uint32_t kProbeCells = 1024;
-constexpr int64_t kPassNs = 100'000'000;  // at most, one pass over the first layers
-constexpr int64_t kProbeNs = 60'000'000;  // cheap passes are repeated this long
+constexpr int64_t kPassNs = 100'000'000;      // at most, one pass over the first layers
+constexpr int64_t kStoppedNs = 10 * kPassNs;  // what a pass is taken for that was stopped before a device had its part
+constexpr int64_t kProbeNs = 60'000'000;      // cheap passes are repeated this long
 constexpr int kPasses = 3, kMostPasses = 20;
 // The share of the target that may pass between two looks at the token. The rest is for the look that has
 // just missed the cancel, for the repair, and for a machine that is busier than it was when we measured.
@@ -44,7 +46,7 @@ uint32_t round_down(double rows) {
 // A scratch context whose abort callback notes the longest times between two of its calls.
 class Probe {
 public:
-    Probe(llama_model * model, int32_t n_threads, int32_t most_rows) {
+    Probe(llama_model * model, int32_t n_threads, int32_t most_rows, bool on_cpu) : on_cpu_(on_cpu) {
         llama_context_params params = llama_context_default_params();
         params.n_ctx = kProbeCells;
         params.n_batch = params.n_ubatch = most_rows;
@@ -58,7 +60,8 @@ public:
 
     // Seconds, for rows that follow `n_past` positions. A machine that is busy with other things adds gaps of
     // its own: what a model does for long it does in every layer and every pass, so the third longest gap of
-    // the calmest pass counts. 0 if the model does not decode.
+    // the calmest pass counts. On other devices the time of a whole pass, some of whose layers may be on the CPU: it
+    // looks at the token there, which says nothing of the rest. 0 if the model does not decode.
     double longest_gap(int32_t n_rows, uint32_t n_past) {
         if (!ctx_ || !pass(n_rows, n_past)) {  // the first one brings the weights into memory
             return 0;
@@ -67,7 +70,9 @@ public:
         const int64_t end_ns = now_ns() + kProbeNs;
         for (int i = 0; i < kPasses || (i < kMostPasses && now_ns() < end_ns); ++i) {
             pass(n_rows, n_past);
-            calmest = std::min(calmest, longest_ns_.back() > 0 ? longest_ns_.back() : longest_ns_.front());
+            calmest = std::min(calmest, !on_cpu_                 ? pass_ns_
+                                        : longest_ns_.back() > 0 ? longest_ns_.back()
+                                                                 : longest_ns_.front());
         }
         return calmest * 1e-9;
     }
@@ -90,9 +95,11 @@ private:
         longest_ns_.fill(0);
         last_ns_ = now_ns();
         stop_ns_ = last_ns_ + kPassNs;
+        const int64_t start_ns = last_ns_;
         const int status = llama_decode(ctx_.get(), batch);
         llama_synchronize(ctx_.get());
         note();
+        pass_ns_ = status == 2 ? kStoppedNs : last_ns_ - start_ns;
         return status == 0 || status == 2;
     }
 
@@ -116,6 +123,8 @@ private:
     std::unique_ptr<llama_context, decltype(&llama_free)> ctx_{nullptr, llama_free};
     std::array<int64_t, 3> longest_ns_{};  // of a pass, the longest first
     int64_t last_ns_ = 0, stop_ns_ = 0;
+    int64_t pass_ns_ = 0;  // of a pass, from its start to its end
+    const bool on_cpu_;
 };
 
 }  // namespace
@@ -126,7 +135,7 @@ GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu, in
     const int32_t n_cells = max_positions > 0 ? std::min<int32_t>(kProbeCells, max_positions) : kProbeCells;
     const int32_t more_rows = std::min(on_cpu ? 128 : 512, n_cells), few_rows = std::max(more_rows / 4, 1);
     const uint32_t n_past = n_cells - more_rows;
-    Probe probe(model, n_threads, more_rows);
+    Probe probe(model, n_threads, more_rows, on_cpu);
     const double few = probe.longest_gap(few_rows, 0);
     const double more = probe.longest_gap(more_rows, 0);
     const double far = probe.longest_gap(more_rows, n_past);

@@ -131,11 +131,6 @@ public:
 
     DecodeReport run() {
         const int64_t start = now_ns();
-        if (!box_.broken_.empty()) {
-            report_.status = Status::Failed;
-            report_.message = "the context is unusable since an assertion failed in it: " + box_.broken_;
-            return std::move(report_);
-        }
         if (call_.should_stop()) {
             stopped(false);
         } else {
@@ -148,10 +143,14 @@ public:
             }
             clear_errors();
             try {
+                AssertionGuard guard;
                 compute_all();
             } catch (const std::bad_alloc &) {
                 outputs_ = {};
                 failed(Status::NoMemory, "out of memory");
+            } catch (const std::exception & error) {
+                broken(error);
+                failed(Status::Failed, box_.explain(error));
             }
         }
         report_.seconds = seconds_since(start);
@@ -195,7 +194,7 @@ private:
                 return failed(Status::Full, "the context's memory has no room for the batch");
             }
             if (code != 0) {
-                return failed(Status::Failed, code == kAssertion ? box_.broken_ : explain(code));
+                return failed(Status::Failed, explain(code));
             }
             collect(chunk, arrays);
             if (chunk.last) {
@@ -206,23 +205,19 @@ private:
         finished();
     }
 
-    static constexpr int32_t kAssertion = -1000;
-
     int32_t compute(llama_batch batch) {
-        try {
-            AssertionGuard guard;
-            QuietLog quiet(call_.stopped());
-            box_.stop_between(box_.cut_.pieces_at(batch.n_tokens, batch.pos[batch.n_tokens - 1] + 1));
-            const int32_t code = encoding_ ? llama_encode(box_.ctx_, batch) : llama_decode(box_.ctx_, batch);
-            llama_synchronize(box_.ctx_);
-            return code;
-        } catch (const std::bad_alloc &) {
-            throw;
-        } catch (const std::exception & error) {
-            box_.broken_ = error.what();
-            return kAssertion;
+        QuietLog quiet(call_.stopped());
+        box_.stop_between(box_.cut_.pieces_at(batch.n_tokens, batch.pos[batch.n_tokens - 1] + 1));
+        const int32_t code = encoding_ ? llama_encode(box_.ctx_, batch) : llama_decode(box_.ctx_, batch);
+        llama_synchronize(box_.ctx_);
+        const std::string lost = box_.model_->lost_server();
+        if (!lost.empty()) {
+            throw AssertionFailed(lost);  // whatever the code says: outputs never came
         }
+        return code;
     }
+
+    void broken(const std::exception & error) { box_.broken_ = error.what(); }
 
     std::string explain(int32_t code) const {
         const std::string errors = last_errors();
@@ -333,6 +328,7 @@ private:
                 const int64_t start = now_ns();
                 sequence.rolled_back = true;
                 sequence.dirty = !box_.journal_.rollback_sequence(seq, sequence.start);
+                box_.confirm();
                 report_.repair_seconds += seconds_since(start);
             }
         }
@@ -349,6 +345,11 @@ private:
         }
         if (!encoding_ && (inside || (report_.n_ubatches > 0 && !keep_))) {
             repair(keep_);
+        }
+        if (const std::string why = box_.unusable(); !why.empty()) {
+            report_.status = Status::Failed;
+            report_.message = why;
+            return rolled_back();
         }
         if (keep_ && any_done_) {
             adopt_outputs();
@@ -380,10 +381,13 @@ private:
     void repair(bool last_ubatch_only) {
         const int64_t start = now_ns();
         try {
+            AssertionGuard guard;
             for (llama_seq_id seq : last_ubatch_only ? box_.journal_.rollback_last() : box_.journal_.rollback()) {
                 sequences_.at(seq).dirty = true;
             }
-        } catch (const std::bad_alloc &) {
+            box_.confirm();
+        } catch (const std::exception & error) {  // the memory is on a device that is gone, or there is no room for it
+            broken(error);
             for (auto & [seq, sequence] : sequences_) {
                 sequence.dirty = true;
             }

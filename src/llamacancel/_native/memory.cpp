@@ -7,6 +7,7 @@
 #include <new>
 #include <optional>
 
+#include "cells.hpp"
 #include "ggml-backend.h"
 #include "llama-hparams.h"
 #include "llama-kv-cache-iswa.h"
@@ -64,64 +65,18 @@ bool has_left_window(llama_kv_cache & cache, llama_pos pos, llama_pos next) {
 
 bool shares_cells(llama_kv_cache & cache) { return (cache.*expose(Other{})) != nullptr; }
 
-// Copies the K and V of single cells between a cache's tensors and a byte buffer.
-class CellData {
-public:
-    CellData(llama_kv_cache & cache, uint32_t stream) : transposed_(cache.*expose(VTrans{})) {
-        for (const auto & layer : cache.*expose(Layers{})) {
-            if (layer.k) {
-                k_.push_back(layer.k_stream[stream]);
-            }
-            if (layer.v) {
-                v_.push_back(layer.v_stream[stream]);
-            }
+CellData data_of(llama_kv_cache & cache, uint32_t stream) {
+    std::vector<ggml_tensor *> k, v;
+    for (const auto & layer : cache.*expose(Layers{})) {
+        if (layer.k) {
+            k.push_back(layer.k_stream[stream]);
         }
-        for (const ggml_tensor * k : k_) bytes_ += k->nb[1];
-        for (const ggml_tensor * v : v_) bytes_ += transposed_ ? column(v) * ggml_element_size(v) : v->nb[1];
-    }
-
-    size_t bytes() const { return bytes_; }  // of one cell, over all layers
-
-    void get(uint32_t cell, uint8_t * to) const {
-        walk(cell, [&](ggml_tensor * tensor, size_t offset, size_t size) {
-            ggml_backend_tensor_get(tensor, to, offset, size);
-            to += size;
-        });
-    }
-
-    void set(uint32_t cell, const uint8_t * from) const {
-        walk(cell, [&](ggml_tensor * tensor, size_t offset, size_t size) {
-            ggml_backend_tensor_set(tensor, from, offset, size);
-            from += size;
-        });
-    }
-
-private:
-    static size_t column(const ggml_tensor * v) { return v->ne[0]; }
-
-    template <typename Visit>
-    void walk(uint32_t cell, Visit && visit) const {
-        for (ggml_tensor * k : k_) {
-            visit(k, cell * k->nb[1], k->nb[1]);
-        }
-        for (ggml_tensor * v : v_) {
-            if (!transposed_) {
-                visit(v, cell * v->nb[1], v->nb[1]);
-                continue;
-            }
-            // A transposed V holds a cell as a column: element j of cell i lies at j * n_cells + i.
-            const size_t size = ggml_element_size(v);
-            const size_t n_cells = v->ne[1];
-            for (size_t j = 0; j < column(v); ++j) {
-                visit(v, (j * n_cells + cell) * size, size);
-            }
+        if (layer.v) {
+            v.push_back(layer.v_stream[stream]);
         }
     }
-
-    bool transposed_;
-    std::vector<ggml_tensor *> k_, v_;
-    size_t bytes_ = 0;
-};
+    return CellData(std::move(k), std::move(v), cache.*expose(VTrans{}));
+}
 
 template <typename Tensors, typename Visit>
 void for_each_row(const Tensors & tensors, uint32_t n_rows, uint32_t row, Visit && visit) {
@@ -206,6 +161,8 @@ Memory::Memory(llama_memory_i * memory, bool output_all) : memory(memory) {
     }
 }
 
+constexpr size_t kCellsBetweenPolls = 4096;
+
 // ---- caches of keys and values ---------------------------------------------------------------------------
 
 struct Undo::Cache {
@@ -214,7 +171,7 @@ struct Undo::Cache {
             marks.resize(cache.get_size(), Untouched);
         }
         for (uint32_t s = 0; s < cache.get_n_stream(); ++s) {
-            data.emplace_back(cache, s);
+            data.push_back(data_of(cache, s));
         }
     }
 
@@ -331,14 +288,15 @@ struct Undo::Cache {
         if (!group.idxs.empty()) {
             group.cells = cells_of(cache)[group.stream].cp(group.idxs);
         }
-        group.bytes.reserve(group.copied.size() * cell_data.bytes());
-        for (uint32_t idx : group.copied) {
+        group.bytes.resize(group.copied.size() * cell_data.bytes());
+        const size_t n = poll ? kCellsBetweenPolls : group.copied.size();
+        for (size_t first = 0; first < group.copied.size(); first += n) {
             if (poll) {
                 poll();
             }
-            const size_t at = group.bytes.size();
-            group.bytes.resize(at + cell_data.bytes());
-            cell_data.get(idx, group.bytes.data() + at);
+            const auto begin = group.copied.begin() + first;
+            const std::vector<uint32_t> some(begin, begin + std::min(n, group.copied.size() - first));
+            cell_data.get(some, group.bytes.data() + first * cell_data.bytes());
         }
     }
 
@@ -353,9 +311,7 @@ struct Undo::Cache {
             if (group.cells) {
                 cells.set(group.idxs, *group.cells);
             }
-            for (size_t i = 0; i < group.copied.size(); ++i) {
-                data[group.stream].set(group.copied[i], group.bytes.data() + i * data[group.stream].bytes());
-            }
+            data[group.stream].set(group.copied, group.bytes.data());
         }
         heads_of(cache) = heads;
     }
@@ -415,14 +371,14 @@ struct Undo::Cache {
         for (const Group & other : groups) {
             const auto at = std::find(other.copied.begin(), other.copied.end(), home);
             if (other.stream == group.stream && at != other.copied.end()) {
-                cell_data.set(target, other.bytes.data() + (at - other.copied.begin()) * cell_data.bytes());
+                cell_data.set({target}, other.bytes.data() + (at - other.copied.begin()) * cell_data.bytes());
                 return true;
             }
         }
         if (target != home) {  // described, never overwritten: its K and V are still at home
             std::vector<uint8_t> bytes(cell_data.bytes());
-            cell_data.get(home, bytes.data());
-            cell_data.set(target, bytes.data());
+            cell_data.get({home}, bytes.data());
+            cell_data.set({target}, bytes.data());
         }
         return true;
     }

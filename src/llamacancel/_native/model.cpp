@@ -270,6 +270,15 @@ std::string check_vocab(const ModelBox & box) {
     return "";
 }
 
+std::string lost_among(const std::vector<std::shared_ptr<RpcServer>> & servers) {
+    for (const auto & server : servers) {
+        if (server->lost()) {
+            return "the connection to the RPC server " + server->endpoint() + " was lost";
+        }
+    }
+    return "";
+}
+
 struct LoadProgress {
     Call & call;
     llama_progress_callback report;
@@ -327,9 +336,9 @@ std::string check_gguf(const std::string & path, bool adapter) {
     }
 }
 
-Status ModelBox::load(const std::string & path, llama_model_params params, Call & call,
-                      llama_progress_callback progress, void * progress_arg, std::shared_ptr<ModelBox> & box,
-                      std::string & message) {
+Status ModelBox::load(const std::string & path, llama_model_params params, const std::vector<std::string> & rpc_servers,
+                      Call & call, llama_progress_callback progress, void * progress_arg,
+                      std::shared_ptr<ModelBox> & box, std::string & message) {
     const InFlight in_flight;
     LoadProgress state{call, progress, progress_arg};
     if (!LoadProgress::callback(0.0f, &state)) {
@@ -338,6 +347,27 @@ Status ModelBox::load(const std::string & path, llama_model_params params, Call 
     message = check_gguf(path, false);
     if (!message.empty()) {
         return Status::Invalid;
+    }
+    Servers servers;
+    std::vector<ggml_backend_dev_t> devices;
+    for (const std::string & endpoint : rpc_servers) {
+        std::shared_ptr<RpcServer> server;
+        const Status status = RpcServer::connect(endpoint, call, server, message);
+        if (status != Status::Done) {
+            return status;
+        }
+        devices.insert(devices.end(), server->devices().begin(), server->devices().end());
+        servers.push_back(std::move(server));
+    }
+    if (!servers.empty()) {
+        // after them this machine's own, as llama.cpp orders them
+        for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+            if (ggml_backend_dev_type(ggml_backend_dev_get(i)) == GGML_BACKEND_DEVICE_TYPE_GPU) {
+                devices.push_back(ggml_backend_dev_get(i));
+            }
+        }
+        devices.push_back(nullptr);
+        params.devices = devices.data();
     }
     params.progress_callback = LoadProgress::callback;
     params.progress_callback_user_data = &state;
@@ -350,16 +380,19 @@ Status ModelBox::load(const std::string & path, llama_model_params params, Call 
         message = error.what();
         return Status::Failed;
     }
-    const bool on_cpu = params.n_gpu_layers == 0 || !llama_supports_gpu_offload();
     if (model) {
-        box.reset(new ModelBox(model, on_cpu));
+        const bool on_cpu = params.n_gpu_layers == 0 || model->devices.empty();
+        box.reset(new ModelBox(model, on_cpu, servers));
     }
     if (state.stopped || call.should_stop()) {
         box.reset();
         return Status::Cancelled;
     }
     if (!model) {
-        message = last_errors();
+        message = lost_among(servers);
+        if (message.empty()) {
+            message = last_errors();
+        }
         return Status::Failed;
     }
     try {
@@ -370,6 +403,9 @@ Status ModelBox::load(const std::string & path, llama_model_params params, Call 
         }
     } catch (const std::exception & error) {
         message = error.what();
+    }
+    if (!box->lost_server().empty()) {
+        message = box->lost_server();
     }
     if (!message.empty()) {
         box.reset();
@@ -398,6 +434,17 @@ std::string ModelBox::try_out() {
 }
 
 ModelBox::~ModelBox() { llama_model_free(model_); }
+
+std::string ModelBox::lost_server() const {
+    const std::string lost = lost_among(servers_);
+    return lost.empty() ? "" : lost + ": close the model's contexts, and load it again";
+}
+
+void ModelBox::confirm() const noexcept {
+    for (const auto & server : servers_) {
+        server->confirm();
+    }
+}
 
 uint32_t ModelBox::positions_per_embd() const noexcept { return model_->hparams.n_pos_per_embd(); }
 
@@ -502,8 +549,12 @@ GapCost ModelBox::gap_cost(int32_t n_threads) {
     if (known != cost_.end()) {
         return known->second;
     }
-    AssertionGuard guard;
-    return cost_[n_threads] = measure_gap_cost(model_, n_threads, on_cpu_, max_positions());
+    try {
+        AssertionGuard guard;
+        return cost_[n_threads] = measure_gap_cost(model_, n_threads, on_cpu_, max_positions());
+    } catch (const AssertionFailed &) {
+        return {};  // making a context will say why
+    }
 }
 
 }  // namespace llamacancel

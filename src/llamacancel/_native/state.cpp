@@ -92,7 +92,7 @@ Status ContextBox::save_state(llama_seq_id seq, Call & call, std::vector<uint8_t
         bytes.clear();
         return Status::Cancelled;
     } catch (const std::exception & error) {
-        message = error.what();
+        message = explain(error);
         return Status::Failed;
     }
 }
@@ -102,14 +102,18 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
     const InFlight in_flight;
     const bool held = memory_.pos_max(seq) >= 0;
     Undo undo(memory_);
-    undo.begin();
+    Status status = Status::Done;
+    clear_errors();
     try {
+        AssertionGuard guard;
+        undo.begin();
         undo.save_sequence(seq, [&] { poll(call); });
     } catch (const Cancelled &) {
         return Status::Cancelled;
+    } catch (const AssertionFailed & error) {
+        message = explain(error);
+        return Status::Failed;
     }
-    Status status = Status::Done;
-    clear_errors();
     try {
         AssertionGuard guard;
         poll(call);
@@ -119,6 +123,7 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
         if (!reader.at_end()) {
             throw std::runtime_error("the state has bytes left over");
         }
+        confirm();
         dirty_.erase(seq);
         return Status::Done;
     } catch (const Cancelled &) {
@@ -126,14 +131,24 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
     } catch (const std::exception & error) {
         // llama.cpp's reader may have turned our Cancelled into an error of its own.
         status = call.stopped() || exiting() ? Status::Cancelled : Status::Failed;
-        message = last_errors().empty() ? error.what() : last_errors();
+        const std::string lost = model_->lost_server();
+        message = !lost.empty() ? lost : last_errors().empty() ? error.what() : last_errors();
     }
     // llama.cpp has cleared the sequence, in whole or in part: give it back what it held.
     memory_.memory->seq_rm(seq, -1, -1);
-    if (memory_.restorable()) {
-        undo.restore();
-    } else if (held) {
+    try {
+        AssertionGuard guard;
+        if (memory_.restorable()) {
+            undo.restore();
+            confirm();
+        } else if (held) {
+            dirty_.insert(seq);
+        }
+    } catch (const AssertionFailed & error) {
+        broken_ = error.what();
         dirty_.insert(seq);
+        message = explain(error);
+        status = Status::Failed;
     }
     return status;
 }

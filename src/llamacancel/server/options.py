@@ -52,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--n-gpu-layers", "-ngl", type=int, default=0, metavar="N", help="layers on the GPU; -1: all (default: 0)"
     )
+    work.add_argument(
+        "--rpc", action="append", default=[], metavar="HOST:PORT",
+        help="RPC server that takes layers of the model; may be repeated. Wants --n-gpu-layers",
+    )  # fmt: skip
     work.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="for each request; it may ask for less")
 
     api = parser.add_argument_group("API")

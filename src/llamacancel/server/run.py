@@ -138,7 +138,7 @@ def _load(args: argparse.Namespace) -> Model:
             print(f"{start}loading {args.model}: {percent} %", end=end, file=sys.stderr, flush=True)
 
     try:
-        return Model.load(args.model, n_gpu_layers=args.n_gpu_layers, progress=progress)
+        return Model.load(args.model, n_gpu_layers=args.n_gpu_layers, rpc_servers=args.rpc, progress=progress)
     except BaseException:
         if sys.stderr.isatty():
             print(file=sys.stderr)
