@@ -33,8 +33,8 @@ class FetchError(Exception):
 
 def download(lock: dict, folder: pathlib.Path) -> pathlib.Path:
     """Download the locked sdist into `folder` with pip and return its path."""
-    # PYTHONPATH and friends point into pip's isolated build environment, which has no pip of its own.
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    # PYTHONPATH and friends point into the isolated environment of the build that we run in, and to its backend.
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "_PYPROJECT_HOOKS"))}
     requirement = f"{lock['package']}=={lock['version']}"
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps",
                "--no-binary", lock["package"], "--dest", str(folder), requirement]
@@ -54,9 +54,12 @@ def download(lock: dict, folder: pathlib.Path) -> pathlib.Path:
 def verify(sdist: pathlib.Path, expected: str) -> None:
     """Raise FetchError unless the file has the locked SHA-256."""
     digest = hashlib.sha256()
-    with sdist.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
+    try:
+        with sdist.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    except OSError as error:
+        raise FetchError(f"cannot read {sdist}: {error.strerror}") from None
     if digest.hexdigest() != expected:
         raise FetchError(
             f"{sdist.name} has SHA-256 {digest.hexdigest()},\nbut {LOCK.name} asks for {expected}.\n"

@@ -22,7 +22,7 @@ from ._cancel cimport CancelToken, state_of
 from ._lib.box cimport *
 from ._lib.llama cimport *
 from ._lib.token cimport TokenState
-from ._llama cimport Interrupt, cause_of, check_process, drain_log, enter_process, raise_cancelled, text_of, watch_signals
+from ._llama cimport Interrupt, cause_of, check_forked, check_process, drain_log, raise_cancelled, text_of, watch_signals
 from ._model cimport LoraAdapter, Model
 
 from . import _params
@@ -84,8 +84,11 @@ cdef class Context:
                  rope_freq_base=None, rope_freq_scale=None, yarn_ext_factor=None, yarn_attn_factor=None,
                  yarn_beta_fast=None, yarn_beta_slow=None, yarn_orig_ctx=None, offload_kqv=True, op_offload=True,
                  no_perf=False, _n_pieces=None):
+        if self.pid != 0:
+            raise TypeError("a Context is made once")
+        self.pid = getpid()
         model._check_open()
-        enter_process()
+        check_forked()
         cdef shared_ptr[ModelBox] model_box = model.box
         if not model_box.get().has_weights():
             raise ContextError("the model was loaded with vocab_only=True: it has no weights to compute with")
@@ -106,6 +109,8 @@ cdef class Context:
         params.n_threads = _params.integer("n_threads", threads, 1, 512)
         params.n_threads_batch = (params.n_threads if n_threads_batch is None
                                   else <int> _params.integer("n_threads_batch", n_threads_batch, 1, 512))
+        if model.has_encoder and model.has_decoder and n_seq_max > 1 and not kv_unified:
+            raise ContextError("several sequences of a model with an encoder and a decoder need kv_unified=True")
         params.embeddings = embeddings
         if pooling is not None:
             params.pooling_type = <llama_pooling_type> <int> _params.choice("pooling", pooling, _params.POOLING)
@@ -151,8 +156,11 @@ cdef class Context:
         cut = Cut.exactly(limit)
         on_cpu = model_box.get().on_cpu()
         if cancel_latency is not None and not (on_cpu and (one_piece or n_ubatch is not None)):
-            with nogil:
-                cost = model_box.get().gap_cost(params.n_threads_batch)
+            try:
+                with nogil:
+                    cost = model_box.get().gap_cost(params.n_threads_batch)
+            except RuntimeError as error:  # an assertion of llama.cpp's
+                raise ContextError(f"the model cannot be run: {error}") from None
             cut = Cut.choose(target, cost, limit) if on_cpu else Cut.for_device(target, cost, limit)
         if _n_pieces is not None:  # a seam for tests: a CPU that is stopped between pieces of a graph only
             cut.n_pieces = _params.integer("_n_pieces", _n_pieces, 1, 2**31 - 1)
@@ -163,7 +171,6 @@ cdef class Context:
         drain_log()
         if not self.box:
             raise ContextError(f"cannot make a context: {text_of(message) or 'llama.cpp gave no reason'}")
-        self.pid = getpid()
         self.model = model
         self._lora = ()
 
@@ -203,6 +210,8 @@ cdef class Context:
     def __repr__(self):
         if not self.box:
             return "<Context closed>"
+        if self.pid != getpid():
+            return f"<Context of process {self.pid}>"
         return f"<Context n_ctx={self.n_ctx} n_seq_max={self.n_seq_max} of {self.model!r}>"
 
     def __reduce__(self):
@@ -213,7 +222,8 @@ cdef class Context:
             raise ClosedError("the context is closed")
         return check_process(self.pid, "the context")
 
-    cdef int _acquire(self, Call * call, Interrupt interrupt, str what) except -1:
+    cdef int _acquire(self, Call * call, Interrupt interrupt, str what, sequences=None) except -1:
+        # `sequences()`: what the call leaves of its sequences if it is cancelled while it waits.
         self._check_open()
         cdef shared_ptr[ContextBox] box = self.box
         cdef Status status
@@ -222,7 +232,8 @@ cdef class Context:
         if status == Status.Busy:
             raise ContextBusyError(f"{what}: the context is in use; pass a token to wait under, or use a second context")
         if status == Status.Cancelled:
-            raise_cancelled(f"{what}, waiting for the context,", call[0], interrupt)
+            raise_cancelled(f"{what}, waiting for the context,", call[0], interrupt, None,
+                            None if sequences is None else sequences())
         if self.box != box:
             box.get().release()
             raise ClosedError("the context was closed while the call waited for it")
@@ -261,7 +272,8 @@ cdef class Context:
     def encode(self, batch, token=None):
         """Run the encoder of a model that has one; `decode` then attends to its output.
 
-        Args, Returns and Raises as for `decode`. The batch is computed in one piece.
+        Args, Returns and Raises as for `decode`. The batch is computed in one piece. What the decoder holds of its
+        sequences belongs to the encoding before: remove it from the memory first.
         """
         return self._run(batch, token, "rollback", "all", True)
 
@@ -288,7 +300,7 @@ cdef class Context:
         cdef DecodeReport report
         view.readers += 1
         try:
-            self._acquire(&call, interrupt, what)
+            self._acquire(&call, interrupt, what, lambda: _untouched(batch, token))
             try:
                 problem = box.get().unusable()
                 if not problem.empty():
@@ -313,6 +325,8 @@ cdef class Context:
             raise DecodeFailedError(text_of(report.message))
         if report.status == Status.Full:
             raise MemoryFullError(text_of(report.message))
+        if report.status == Status.NoMemory:
+            raise MemoryError(f"{what}: {text_of(report.message)}; the context is as before the call")
         sequences = {
             item.seq: SequenceOutcome(STATES[<int> item.state], item.start, item.end, item.cancelled)
             for item in report.sequences
@@ -426,8 +440,11 @@ cdef class Context:
     @property
     def dirty_sequences(self):
         """Ids of sequences that could not be repaired and have not been cleared since."""
-        self._check_open()
-        return [seq for seq in self.box.get().dirty()]
+        self._acquire(NULL, None, "dirty_sequences")
+        try:
+            return [seq for seq in self.box.get().dirty()]
+        finally:
+            self.box.get().release()
 
     cdef object _raise_dirty(self, seq_ids):
         names = ", ".join(map(str, seq_ids))
@@ -435,9 +452,8 @@ cdef class Context:
             f"sequence {names} could not be repaired after a cancel; memory.remove() it before its next use", seq_ids)
 
     cdef int _check_seq(self, seq_id) except -1:
-        cdef int last = llama_n_seq_max(self.box.get().get()) - 1
-        _params.integer("a sequence id", seq_id, 0, last)
-        return 0
+        self._check_open()
+        return _params.integer("a sequence id", seq_id, 0, llama_n_seq_max(self.box.get().get()) - 1)
 
     @property
     def latency_plan(self):
@@ -463,9 +479,12 @@ cdef class Context:
                 raise ValueError(f"{pair[0]!r} belongs to another model")
             native.push_back((<LoraAdapter> pair[0]).native)
             scales.push_back(_params.number("scale", pair[1]))
+        cdef int32_t code
         self._acquire(NULL, None, "set_lora")
         try:
-            if llama_set_adapters_lora(self.box.get().get(), native.data(), native.size(), scales.data()) != 0:
+            with nogil:
+                code = llama_set_adapters_lora(self.box.get().get(), native.data(), native.size(), scales.data())
+            if code != 0:
                 raise ContextError("the adapters cannot be applied")
             self._lora = pairs
         finally:
@@ -553,6 +572,17 @@ def _register(memory, state):
     """Called by `_memory`, which builds on this module: the classes of `Context.memory` and `Context.state`."""
     global _Memory, _State
     _Memory, _State = memory, state
+
+
+cdef dict _untouched(batch, token):
+    """What a call that never had its turn leaves of its batch's sequences: all, as it was."""
+    seqs, first = np.unique(batch._seq_id[: batch._seq_offset[len(batch)]], return_index=True)
+    rows = np.searchsorted(batch._seq_offset[: len(batch) + 1], first, side="right") - 1
+    outcomes = {}
+    for seq, start in zip(seqs.tolist(), batch._pos[rows].tolist()):
+        own = token.get(seq) if isinstance(token, dict) else token
+        outcomes[seq] = SequenceOutcome("rolled_back", start, start, own is not None and own.cancelled)
+    return outcomes
 
 
 cdef _copy_of(const float * data, size_t n):

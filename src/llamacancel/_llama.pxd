@@ -15,9 +15,11 @@ cdef class Interrupt:
 
 cdef Interrupt watch_signals(Call & call)
 cdef int drain_log() except -1
-cdef int enter_process() except -1
+cdef int check_forked() except -1
+cdef void entered_process() noexcept
 cdef int check_process(int pid, str what) except -1
-cdef raise_cancelled(str what, Call & call, Interrupt interrupt, kind=*)
+cdef raise_cancelled(str what, Call & call, Interrupt interrupt, kind=*, sequences=*)
+cdef int check_call(str what, Call & call, Interrupt interrupt) except -1
 cdef cause_of(const Verdict & verdict)
 cdef error_of(str what, const Verdict & verdict, kind=*)
 cdef str text_of(const string & message)

@@ -11,18 +11,22 @@ import os
 import signal
 import threading
 
-from cpython.exc cimport PyErr_CheckSignals
+from cpython.exc cimport PyErr_CheckSignals, PyErr_ExceptionMatches, PyErr_WriteUnraisable
 from cpython.pythread cimport PyThread_get_thread_ident
+from cpython.ref cimport Py_DECREF, PyObject
 from libcpp cimport bool as cbool
 from posix.unistd cimport getpid, read, write
 
-from ._lib.box cimport LogLine, begin_exit, initialize, next_log_line, serve_rpc
+from ._lib.box cimport LogLine, after_fork_in_child, begin_exit, initialize, next_log_line, serve_rpc
 from ._lib.llama cimport *
 from ._lib.token cimport now_ns
 
 from ._cancel import Cause
 from .errors import ClosedError
 from .outcome import cancelled_error
+
+cdef extern from "Python.h":
+    PyObject * PyObject_CallObject(object fn, object args)  # the caller's reference, or NULL with an exception set
 
 initialize()
 
@@ -45,7 +49,13 @@ cdef int drain_log() except -1:
     while next_log_line(line):
         text = line.text.decode("utf-8", "replace").rstrip()
         if text:
-            _logger.log(_LEVELS.get(line.level, logging.DEBUG), "%s", text)
+            logged = PyObject_CallObject(_logger.log, (_LEVELS.get(line.level, logging.DEBUG), "%s", text))
+            if logged != NULL:
+                Py_DECREF(<object> logged)
+            elif PyErr_ExceptionMatches(Exception):  # a filter's, say: what the call has to tell is not lost over it
+                PyErr_WriteUnraisable(_logger)
+            else:
+                return -1
     return 0
 
 
@@ -114,6 +124,7 @@ cdef int _wakeup_write = -1  # writes to it, so that a signal is known of withou
 
 def _after_fork_in_child():
     global _main_thread, _wakeup_read, _wakeup_write
+    after_fork_in_child()
     _main_thread = threading.main_thread().ident
     if _wakeup_read >= 0:  # shared with the parent
         os.close(_wakeup_read)
@@ -181,19 +192,22 @@ cdef Interrupt watch_signals(Call & call):
     return interrupt
 
 
-cdef int _computed_in = 0  # the process in which llama.cpp last computed: its threads do not survive a fork
+cdef int _entered_in = 0  # the process in which a model was last loaded: llama.cpp's threads do not survive a fork
 
 
-cdef int enter_process() except -1:
-    """Refuses to compute in a child that was forked from a process that has computed."""
-    global _computed_in
-    cdef int pid = getpid()
-    if _computed_in != 0 and _computed_in != pid:
+cdef int check_forked() except -1:
+    """Refuses to load and to compute in a child that was forked from a process that has."""
+    if _entered_in != 0 and _entered_in != getpid():
         raise ClosedError(
-            f"process {pid} was forked from {_computed_in}, where llama.cpp was at work: its threads did not come "
+            f"process {getpid()} was forked from {_entered_in}, where llama.cpp was at work: its threads did not come "
             "along. Start workers with multiprocessing's 'spawn', or fork before the first load.")
-    _computed_in = pid
     return 0
+
+
+cdef void entered_process() noexcept:
+    """A model was loaded in this process."""
+    global _entered_in
+    _entered_in = getpid()
 
 
 # ---- verdicts to exceptions ------------------------------------------------------------------------------
@@ -201,12 +215,28 @@ cdef int enter_process() except -1:
 cdef tuple _CAUSES = (None, Cause.CLIENT, Cause.DEADLINE, Cause.INTERRUPT, Cause.SHUTDOWN)
 
 
-cdef raise_cancelled(str what, Call & call, Interrupt interrupt, kind=None):
-    """Raises what stopped a call that has no sequences to tell of."""
+cdef raise_cancelled(str what, Call & call, Interrupt interrupt, kind=None, sequences=None):
+    """Raises what stopped a call that has computed nothing."""
+    cdef const Verdict * verdict = call.verdict()
     if call.stopped_by_interrupt():
-        raise interrupt.error from cancelled_error(what, Cause.INTERRUPT, "", 0.0, kind=kind)
-    cdef const Verdict * verdict = call.first_verdict()
-    raise error_of(what, verdict[0], kind)
+        error = cancelled_error(what, Cause.INTERRUPT, "", 0.0, kind=kind)
+    elif verdict == NULL:
+        error = cancelled_error(what, Cause.SHUTDOWN, "the interpreter exits", 0.0, kind=kind)
+    else:
+        error = error_of(what, verdict[0], kind)
+    if sequences is not None:
+        error.sequences = sequences
+        error.survivors = [seq for seq, outcome in sequences.items() if not outcome.cancelled]
+    if call.stopped_by_interrupt():
+        raise interrupt.error from error
+    raise error
+
+
+cdef int check_call(str what, Call & call, Interrupt interrupt) except -1:
+    """Looks at the call's token where Python works for it."""
+    if call.should_stop():
+        raise_cancelled(what, call, interrupt)
+    return 0
 
 
 cdef cause_of(const Verdict & verdict):

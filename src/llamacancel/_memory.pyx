@@ -7,17 +7,19 @@ import tempfile
 import zlib
 
 cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t
+from libc.string cimport memcpy
+from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from ._cancel cimport state_of
 from ._context cimport Context
 from ._lib.box cimport Call, ContextBox, Status, name_of
-from ._lib.llama cimport llama_model_n_layer, llama_model_n_params, llama_pos, llama_seq_id
-from ._llama cimport Interrupt, drain_log, raise_cancelled, text_of, watch_signals
-from ._model cimport Model
+from ._lib.llama cimport llama_model, llama_model_n_layer, llama_model_n_params, llama_pos, llama_seq_id
+from ._llama cimport Interrupt, check_call, drain_log, raise_cancelled, text_of, watch_signals
 
 from . import _params
 from ._context import _register
@@ -29,29 +31,26 @@ cdef class Memory:
     """What a context holds of its sequences: `context.memory`."""
     cdef Context context
 
-    def __init__(self, Context context not None):
+    def __cinit__(self, Context context not None):
         self.context = context
 
-    cdef ContextBox * _enter(self, str what, seq_ids) except NULL:
+    cdef ContextBox * _enter(self, str what) except NULL:
         self.context._acquire(NULL, None, what)
         cdef ContextBox * box = self.context.box.get()
-        try:
-            if box.memory().memory == NULL:
-                raise ContextError("the model is an encoder: its contexts have no memory")
-            for seq_id in seq_ids:
-                self.context._check_seq(seq_id)
-        except BaseException:
+        if box.memory().memory == NULL:
             box.release()
-            raise
+            raise ContextError("the model is an encoder: its contexts have no memory")
         return box
 
     def clear(self):
         """Forget all sequences."""
         cdef string problem
         cdef Status status
-        box = self._enter("clear", ())
-        with nogil:
-            status = box.clear(problem)
+        box = self._enter("clear")
+        try:
+            with nogil:
+                status = box.clear(problem)
+        finally:
             box.release()
         if status != Status.Done:
             raise DecodeFailedError(text_of(problem))
@@ -65,9 +64,13 @@ cdef class Memory:
         """
         cdef llama_pos first = _params.integer("p0", p0, -2**31, 2**31 - 1)
         cdef llama_pos last = _params.integer("p1", p1, -2**31, 2**31 - 1)
-        box = self._enter("remove", (seq_id,))
+        cdef llama_seq_id seq = self.context._check_seq(seq_id)
+        cdef cbool removed
+        box = self._enter("remove")
         try:
-            return box.remove(seq_id, first, last)
+            with nogil:
+                removed = box.remove(seq, first, last)
+            return removed
         finally:
             box.release()
 
@@ -82,12 +85,14 @@ cdef class Memory:
         cdef Status status
         cdef llama_pos first = _params.integer("p0", p0, -2**31, 2**31 - 1)
         cdef llama_pos last = _params.integer("p1", p1, -2**31, 2**31 - 1)
-        box = self._enter("copy", (src, dst))
+        cdef llama_seq_id source = self.context._check_seq(src), target = self.context._check_seq(dst)
+        box = self._enter("copy")
         try:
-            dirty = [seq for seq in (src, dst) if box.dirty().count(seq)]
+            dirty = [seq for seq in (source, target) if box.dirty().count(seq)]
             if dirty:
                 self.context._raise_dirty(dirty)
-            status = box.copy(src, dst, first, last, problem)
+            with nogil:
+                status = box.copy(source, target, first, last, problem)
         finally:
             box.release()
         if status == Status.Failed:
@@ -97,25 +102,29 @@ cdef class Memory:
 
     def keep(self, seq_id):
         """Forget all sequences but one."""
-        box = self._enter("keep", (seq_id,))
+        cdef llama_seq_id seq = self.context._check_seq(seq_id)
+        box = self._enter("keep")
         try:
-            box.keep(seq_id)
+            with nogil:
+                box.keep(seq)
         finally:
             box.release()
 
     def pos_min(self, seq_id):
         """The smallest position held of a sequence; -1 if none is."""
-        box = self._enter("pos_min", (seq_id,))
+        cdef llama_seq_id seq = self.context._check_seq(seq_id)
+        box = self._enter("pos_min")
         try:
-            return box.memory().pos_min(seq_id)
+            return box.memory().pos_min(seq)
         finally:
             box.release()
 
     def pos_max(self, seq_id):
         """The largest position held of a sequence; -1 if none is."""
-        box = self._enter("pos_max", (seq_id,))
+        cdef llama_seq_id seq = self.context._check_seq(seq_id)
+        box = self._enter("pos_max")
         try:
-            return box.memory().pos_max(seq_id)
+            return box.memory().pos_max(seq)
         finally:
             box.release()
 
@@ -131,7 +140,7 @@ cdef class Memory:
 
 _STATE_MAGIC = b"lcstate1"
 _STATE_HEADER = struct.Struct("<8sIIQ")  # magic, length of the context's description, CRC-32 and size of the data
-_FILE_PIECE = 16 << 20
+_PIECE = 4 << 20  # bytes that are handled between two looks at a token
 
 
 @cython.final
@@ -139,15 +148,16 @@ cdef class State:
     """Saving and loading the state of single sequences: `context.state`."""
     cdef Context context
 
-    def __init__(self, Context context not None):
+    def __cinit__(self, Context context not None):
         self.context = context
 
     cdef bytes _description(self):
         """What two contexts must have in common for the state of one to be of use in the other."""
-        cdef Model model = self.context.model
-        native = model.box.get()
-        return (f"{model._path and os.path.basename(model._path)} {llama_model_n_params(native.get())} "
-                f"{llama_model_n_layer(native.get())} {Memory(self.context).kind}").encode()
+        self.context._check_open()
+        cdef const llama_model * model = self.context.box.get().model().get().get()
+        path = self.context.model._path
+        return (f"{path and os.path.basename(path)} {llama_model_n_params(model)} "
+                f"{llama_model_n_layer(model)} {Memory(self.context).kind}").encode()
 
     def save(self, seq_id=0, token=None):
         """The state of a sequence as bytes, for `load` in a context of the same model.
@@ -157,13 +167,14 @@ cdef class State:
             DirtySequenceError: If the sequence is dirty.
             DecodeFailedError: If it lies on an RPC server to which the connection was lost.
         """
+        cdef llama_seq_id seq = self.context._check_seq(seq_id)
         cdef Call call = Call(state_of(token))
         cdef Interrupt interrupt = watch_signals(call)
         cdef vector[uint8_t] data
         cdef string message
         cdef Status status
-        cdef ContextBox * box = self._enter(&call, interrupt, seq_id, "saving a state")
-        cdef llama_seq_id seq = seq_id
+        about = self._description()
+        cdef ContextBox * box = self._enter(&call, interrupt, "saving a state")
         try:
             if box.dirty().count(seq):
                 self.context._raise_dirty([seq])
@@ -176,9 +187,22 @@ cdef class State:
             raise_cancelled("saving a state", call, interrupt)
         if status != Status.Done:
             raise self._error("saved", message)
-        about = self._description()
-        payload = data.data()[:data.size()] if data.size() else b""
-        return _STATE_HEADER.pack(_STATE_MAGIC, len(about), zlib.crc32(payload), data.size()) + about + payload
+
+        cdef size_t n_before = _STATE_HEADER.size + len(about), n = data.size(), done = 0, piece
+        cdef bytes result = PyBytes_FromStringAndSize(NULL, n_before + n)
+        cdef char * to = PyBytes_AS_STRING(result)
+        view = memoryview(result)
+        checksum = 0
+        while done < n:
+            check_call("saving a state", call, interrupt)
+            piece = min(<size_t> _PIECE, n - done)
+            with nogil:
+                memcpy(to + n_before + done, data.data() + done, piece)
+            checksum = zlib.crc32(view[n_before + done : n_before + done + piece], checksum)
+            done += piece
+        cdef bytes header = _STATE_HEADER.pack(_STATE_MAGIC, len(about), checksum, n) + about
+        memcpy(to, PyBytes_AS_STRING(header), n_before)
+        return result
 
     def load(self, seq_id, data, token=None):
         """Replace what the context holds of a sequence by a saved state.
@@ -188,30 +212,34 @@ cdef class State:
             DecodeCancelled: If `token` was cancelled first. Nothing was changed.
             DecodeFailedError: If it would lie on an RPC server to which the connection was lost.
         """
+        cdef llama_seq_id seq = self.context._check_seq(seq_id)
         buffer = memoryview(data).cast("B")
         if len(buffer) < _STATE_HEADER.size:
             raise StateError(f"{len(buffer)} bytes are no saved state")
         magic, n_about, checksum, size = _STATE_HEADER.unpack_from(buffer)
         if magic != _STATE_MAGIC or len(buffer) != _STATE_HEADER.size + n_about + size:
             raise StateError("the bytes are no saved state, or part of one")
-        self.context._check_open()
         about = bytes(buffer[_STATE_HEADER.size : _STATE_HEADER.size + n_about])
         if about != self._description():
             raise StateError(f"the state was saved for {about.decode('utf-8', 'replace')!r}, "
                              f"this is {self._description().decode('utf-8', 'replace')!r}")
-        payload = buffer[_STATE_HEADER.size + n_about :]
-        if zlib.crc32(payload) != checksum:
-            raise StateError("the state was damaged: its checksum is wrong")
 
         cdef Call call = Call(state_of(token))
         cdef Interrupt interrupt = watch_signals(call)
+        payload = buffer[_STATE_HEADER.size + n_about :]
+        found = 0
+        for start in range(0, size, _PIECE):
+            check_call("loading a state", call, interrupt)
+            found = zlib.crc32(payload[start : start + _PIECE], found)
+        if found != checksum:
+            raise StateError("the state was damaged: its checksum is wrong")
+
         cdef const uint8_t[::1] view = payload
         cdef const uint8_t * begin = &view[0] if size else NULL
         cdef size_t n = size
         cdef string message
         cdef Status status
-        cdef ContextBox * box = self._enter(&call, interrupt, seq_id, "loading a state")
-        cdef llama_seq_id seq = seq_id
+        cdef ContextBox * box = self._enter(&call, interrupt, "loading a state")
         try:
             with nogil:
                 status = box.load_state(seq, begin, n, call, message)
@@ -230,10 +258,10 @@ cdef class State:
         handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
         try:
             with open(handle, "wb") as file:
-                for start in range(0, len(data), _FILE_PIECE):
+                for start in range(0, len(data), _PIECE):
                     if token is not None:
                         token.raise_if_cancelled()
-                    file.write(data[start : start + _FILE_PIECE])
+                    file.write(data[start : start + _PIECE])
             os.replace(partial, path)
         except BaseException:
             os.unlink(partial)
@@ -243,22 +271,18 @@ cdef class State:
         """Load a sequence's state from a file. As `load`."""
         pieces = bytearray()
         with open(path, "rb") as file:
-            while piece := file.read(_FILE_PIECE):
+            while piece := file.read(_PIECE):
                 if token is not None:
                     token.raise_if_cancelled()
                 pieces += piece
         self.load(seq_id, pieces, token)
 
-    cdef ContextBox * _enter(self, Call * call, Interrupt interrupt, seq_id, str what) except NULL:
+    cdef ContextBox * _enter(self, Call * call, Interrupt interrupt, str what) except NULL:
         self.context._acquire(call, interrupt, what)
         cdef ContextBox * box = self.context.box.get()
-        try:
-            if box.memory().memory == NULL:
-                raise ContextError("the model is an encoder: its contexts have no state")
-            self.context._check_seq(seq_id)
-        except BaseException:
+        if box.memory().memory == NULL:
             box.release()
-            raise
+            raise ContextError("the model is an encoder: its contexts have no state")
         return box
 
     cdef object _error(self, str what, const string & message):

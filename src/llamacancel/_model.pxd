@@ -2,7 +2,7 @@ cimport cython
 from libcpp.memory cimport shared_ptr
 
 from ._lib.box cimport ModelBox
-from ._lib.llama cimport llama_adapter_lora, llama_model, llama_vocab
+from ._lib.llama cimport llama_adapter_lora, llama_model, llama_token, llama_vocab
 
 
 @cython.final
@@ -17,10 +17,12 @@ cdef class Model:
     cdef const llama_vocab * _vocab(self) except NULL
     cdef llama_model * _native(self) except NULL
     cdef int _check_tokens(self, values) except -1
+    cdef llama_token _check_token(self, token) except -1
 
 
 @cython.final
 cdef class LoraAdapter:
-    cdef shared_ptr[ModelBox] box     # the model, which owns the adapter
-    cdef llama_adapter_lora * native  # freed by llama.cpp with the model
+    cdef shared_ptr[ModelBox] box     # the model, which outlives the adapter
+    cdef int pid                      # the process that loaded it
+    cdef llama_adapter_lora * native  # freed with this object, which the contexts that use it hold
     cdef object _path

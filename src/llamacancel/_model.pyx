@@ -18,10 +18,15 @@ from posix.unistd cimport getpid
 from ._cancel cimport state_of
 from ._lib.box cimport Call, ModelBox, ProgressCallback, Status, name_of
 from ._lib.llama cimport *
-from ._llama cimport Interrupt, check_process, drain_log, enter_process, raise_cancelled, text_of, watch_signals
+from ._llama cimport Interrupt, check_forked, check_process, drain_log, entered_process, raise_cancelled, text_of, watch_signals
 
 from . import _params
 from .errors import ClosedError, LoadCancelled, ModelLoadError
+
+cdef tuple _VOCAB_TYPES = ("none", "spm", "bpe", "wpm", "ugm", "rwkv", "plamo2", "test")  # by llama_vocab_type
+cdef tuple _TOKEN_ATTRIBUTES = (  # by the bits of llama_token_attr
+    "unknown", "unused", "normal", "control", "user_defined", "byte", "normalized", "lstrip", "rstrip", "single_word")
+
 
 @cython.final
 cdef class _Progress:
@@ -96,7 +101,7 @@ cdef class Model:
         if progress is not None and not callable(progress):
             raise TypeError(f"progress must be callable, not {progress!r}")
 
-        enter_process()
+        check_forked()
         cdef string name = os.fsencode(path)
         cdef Call call = Call(state_of(token))
         cdef Interrupt interrupt = watch_signals(call)
@@ -119,6 +124,7 @@ cdef class Model:
             raise_cancelled(f"loading {os.fspath(path)}", call, interrupt, LoadCancelled)
         if status != Status.Done:
             raise ModelLoadError(f"{os.fspath(path)}: {text_of(message) or 'llama.cpp could not load it'}")
+        entered_process()
         cdef Model self = Model.__new__(Model)
         self.box = move(box)
         self.pid = getpid()
@@ -152,7 +158,9 @@ cdef class Model:
             self.box.reset()
 
     def __repr__(self):
-        return f"<Model {self.description!r}>" if self.box else "<Model closed>"
+        if not self.box:
+            return "<Model closed>"
+        return f"<Model {self.description!r}>" if self.pid == getpid() else f"<Model of process {self.pid}>"
 
     def __reduce__(self):
         raise TypeError("a Model cannot be pickled: load it again")
@@ -226,8 +234,8 @@ cdef class Model:
 
     def token_to_piece(self, token, special=True):
         """The bytes of one token, which may be part of a character."""
-        self._check_tokens(np.asarray([_params.integer("token", token, -2**63, 2**63 - 1)]))
-        return <bytes> self.box.get().piece(token, special)
+        cdef llama_token checked = self._check_token(token)
+        return <bytes> self.box.get().piece(checked, special)
 
     cdef int _check_tokens(self, values) except -1:
         cdef int32_t n = llama_vocab_n_tokens(self._vocab())
@@ -235,15 +243,24 @@ cdef class Model:
             raise ValueError(f"token {values[(values < 0) | (values >= n)][0]} is outside of the vocabulary (0 to {n - 1})")
         return 0
 
+    cdef llama_token _check_token(self, token) except -1:
+        self._check_open()
+        value = _params.integer("token", token, -2**63, 2**63 - 1)
+        self._check_tokens(np.asarray([value]))
+        return value
+
     def is_eog(self, token):
         """Whether the token ends a generation (EOS, end of turn, ...)."""
-        self._check_tokens(np.asarray([_params.integer("token", token, -2**63, 2**63 - 1)]))
-        return llama_vocab_is_eog(self._vocab(), token)
+        return llama_vocab_is_eog(self._vocab(), self._check_token(token))
 
     def is_control(self, token):
         """Whether the token is a control token, which has no text of its own."""
-        self._check_tokens(np.asarray([_params.integer("token", token, -2**63, 2**63 - 1)]))
-        return llama_vocab_is_control(self._vocab(), token)
+        return llama_vocab_is_control(self._vocab(), self._check_token(token))
+
+    def token_attributes(self, token):
+        """What the vocabulary says of a token, as a set of llama.cpp's words: "normal", "control", "byte", "lstrip", ..."""
+        cdef int attributes = llama_vocab_get_attr(self._vocab(), self._check_token(token))
+        return {name for bit, name in enumerate(_TOKEN_ATTRIBUTES) if attributes >> bit & 1}
 
     # -- facts
 
@@ -277,7 +294,16 @@ cdef class Model:
     @property
     def chat_template(self):
         """The model's chat template (Jinja), or None."""
-        cdef const char * text = llama_model_chat_template(self._native(), NULL)
+        return self.get_chat_template()
+
+    def get_chat_template(self, name=None):
+        """The chat template of a name, such as "tool_use" (None: the default one), or None if the model has none."""
+        cdef llama_model * model = self._native()
+        cdef bytes key = b"" if name is None else str(name).encode()
+        cdef const char * named = NULL
+        if name is not None:
+            named = key
+        cdef const char * text = llama_model_chat_template(model, named)
         return None if text == NULL else text.decode("utf-8", "replace")
 
     @property
@@ -300,6 +326,11 @@ cdef class Model:
         return llama_model_n_embd_out(self._native())
 
     @property
+    def n_embd_inp(self):
+        """Width of a row in a batch of embeddings."""
+        return llama_model_n_embd_inp(self._native())
+
+    @property
     def n_layer(self):
         return llama_model_n_layer(self._native())
 
@@ -311,6 +342,12 @@ cdef class Model:
     def n_ctx_train(self):
         """Longest context that the model was trained for, in tokens."""
         return llama_model_n_ctx_train(self._native())
+
+    @property
+    def max_position_embeddings(self):
+        """Length of the model's table of learned positions, which no position can pass; None where there is no table."""
+        self._check_open()
+        return self.box.get().max_positions() or None
 
     @property
     def n_swa(self):
@@ -350,6 +387,56 @@ cdef class Model:
         return _token_or_none(llama_vocab_eot(self._vocab()))
 
     @property
+    def sep(self):
+        """Separator of sentences, or None."""
+        return _token_or_none(llama_vocab_sep(self._vocab()))
+
+    @property
+    def nl(self):
+        """End-of-line token, or None."""
+        return _token_or_none(llama_vocab_nl(self._vocab()))
+
+    @property
+    def pad(self):
+        """Padding token, or None."""
+        return _token_or_none(llama_vocab_pad(self._vocab()))
+
+    @property
+    def mask(self):
+        """Mask token, or None."""
+        return _token_or_none(llama_vocab_mask(self._vocab()))
+
+    @property
+    def fim_pre(self):
+        """Token before the prefix in fill-in-the-middle, or None."""
+        return _token_or_none(llama_vocab_fim_pre(self._vocab()))
+
+    @property
+    def fim_suf(self):
+        """Token before the suffix in fill-in-the-middle, or None."""
+        return _token_or_none(llama_vocab_fim_suf(self._vocab()))
+
+    @property
+    def fim_mid(self):
+        """Token after which the middle is generated in fill-in-the-middle, or None."""
+        return _token_or_none(llama_vocab_fim_mid(self._vocab()))
+
+    @property
+    def fim_pad(self):
+        """Padding token of fill-in-the-middle, or None."""
+        return _token_or_none(llama_vocab_fim_pad(self._vocab()))
+
+    @property
+    def fim_rep(self):
+        """Token before a repository's name in fill-in-the-middle, or None."""
+        return _token_or_none(llama_vocab_fim_rep(self._vocab()))
+
+    @property
+    def fim_sep(self):
+        """Token before a file's name in fill-in-the-middle, or None."""
+        return _token_or_none(llama_vocab_fim_sep(self._vocab()))
+
+    @property
     def decoder_start_token(self):
         """The token that begins the decoder's part in a model with an encoder, or None."""
         return _token_or_none(llama_model_decoder_start_token(self._native()))
@@ -358,6 +445,16 @@ cdef class Model:
     def adds_bos(self):
         """Whether `tokenize` puts the BOS token first by default."""
         return llama_vocab_get_add_bos(self._vocab())
+
+    @property
+    def adds_eos(self):
+        """Whether `tokenize` puts the EOS token last by default."""
+        return llama_vocab_get_add_eos(self._vocab())
+
+    @property
+    def vocab_type(self):
+        """How texts are cut into tokens: "spm", "bpe", "wpm", "ugm", "rwkv", "plamo2", "test" or "none"."""
+        return _VOCAB_TYPES[llama_vocab_type(self._vocab())]
 
     def load_lora(self, path):
         """Load a LoRA adapter for this model; `Context.set_lora` applies it.
@@ -387,10 +484,11 @@ cdef _token_or_none(llama_token token):
 @cython.final
 @cython.no_gc_clear
 cdef class LoraAdapter:
-    """A LoRA adapter of a model, made by `Model.load_lora`. llama.cpp frees it with the model."""
+    """A LoRA adapter of a model, made by `Model.load_lora`. Freed when neither a context nor Python needs it any more."""
 
-    def __init__(self, Model model not None, path):
+    def __cinit__(self, Model model not None, path):
         model._check_open()
+        check_forked()
         cdef string name = os.fsencode(path)
         cdef string problem
         cdef shared_ptr[ModelBox] box = model.box
@@ -400,7 +498,16 @@ cdef class LoraAdapter:
         if self.native == NULL:
             raise ModelLoadError(f"{os.fspath(path)}: {text_of(problem)}")
         self.box = model.box
+        self.pid = getpid()
         self._path = os.fspath(path)
+
+    def __dealloc__(self):
+        if self.box and self.pid != getpid():
+            new shared_ptr[ModelBox](self.box)  # a forked child leaves the parent's adapter alone
+        elif self.box:
+            with nogil:
+                self.box.get().free_adapter(self.native)
+                self.box.reset()
 
     def __repr__(self):
         return f"<LoraAdapter {self._path!r}>"

@@ -34,6 +34,8 @@ class Batch:
         self._capacity = capacity = integer("capacity", capacity, 1, _INT32.max)
         self._n_seq_max = n_seq_max = integer("n_seq_max", n_seq_max, 1, _INT32.max)
         n_embd = integer("n_embd", n_embd, 0, _INT32.max)
+        if capacity * n_seq_max > _INT32.max:
+            raise ValueError(f"capacity times n_seq_max must be at most {_INT32.max}, not {capacity} times {n_seq_max}")
         self._n = 0
         self._token: NDArray[np.int32] | None = None if n_embd else np.zeros(capacity, np.int32)
         self._embd: NDArray[np.float32] | None = np.zeros((capacity, n_embd), np.float32) if n_embd else None
@@ -197,12 +199,16 @@ def _is_integer(value: Any) -> bool:
 def _position(pos: Any) -> int:
     if not _is_integer(pos):
         raise InvalidBatchError(f"pos must be an integer, not {pos!r}")
+    if not _INT32.min <= pos <= _INT32.max:
+        raise InvalidBatchError(f"pos must be an integer of 32 bits, not {pos!r}")
     return int(pos)
 
 
 def _token_id(token: Any) -> int:
     if not _is_integer(token):
         raise TypeError(f"a token is an integer, not {token!r}")
+    if not _INT32.min <= token <= _INT32.max:
+        raise ValueError(f"token {token!r} is no 32-bit integer")
     return int(token)
 
 

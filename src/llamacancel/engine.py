@@ -107,9 +107,9 @@ class Engine:
             number("step_seconds", step_seconds, 1e-4)
         number("aging", aging, 1e-3)
         n_batch = max(integer("n_batch", n_batch, 1, _INT32), self._slots)
-        longest = _INT32
+        longest = model.max_position_embeddings or _INT32
         if n_ctx is None:
-            longest = model.n_ctx_train
+            longest = min(longest, model.n_ctx_train)
             n_ctx = self._slots * min(longest, _CTX_EACH)
         self._generates = model.memory_kind != "none" and not model.has_encoder
         self._embeds = not (model.has_encoder and model.has_decoder)

@@ -35,6 +35,7 @@ ARCHITECTURES: dict[str, str] = {
     "moe": "plain attention, mixture of experts (llama)",
     "hybrid-conv": "short convolutions with attention among them; llama.cpp's n_rs_seq applies (lfm2)",
     "hybrid-swa": "short convolutions with sliding-window attention among them (lfm2)",
+    "positions": "plain attention, a learned table of 512 positions (gpt2)",
     "encdec": "encoder and decoder (t5)",
     "embedding": "encoder without memory, mean pooling (bert)",
 }
@@ -107,6 +108,8 @@ _SHAPES: dict[tuple[str, str], Shape] = {
     ("hybrid-conv", "small"): replace(_SMALL, n_layer=8, window=0),
     ("hybrid-swa", "tiny"): replace(_TINY, head_dim=32),
     ("hybrid-swa", "small"): replace(_SMALL, n_layer=8),
+    ("positions", "tiny"): replace(_TINY, n_layer=3, n_head_kv=2, head_dim=32, n_ctx=512),
+    ("positions", "small"): replace(_SMALL, n_head_kv=8, n_ctx=512),
     ("encdec", "tiny"): replace(_TINY, n_layer=2, n_head_kv=2, head_dim=32),
     ("encdec", "small"): replace(_SMALL, n_layer=4, n_ff=1024, n_head_kv=8),
     ("embedding", "tiny"): replace(_TINY, n_layer=3, n_head_kv=2, head_dim=32),
@@ -367,6 +370,26 @@ def _build_lfm2(w: ModelWriter, s: Shape) -> None:
         _feed_forward(w, s, blk)
 
 
+def _build_gpt2(w: ModelWriter, s: Shape) -> None:
+    w.param("attention.head_count", s.n_head)
+    w.param("attention.layer_norm_epsilon", 1e-5)
+    _embedding(w, s, std=0.5 / math.sqrt(s.n_embd))
+    w.vector("output_norm.bias", s.n_embd, mean=0.0)
+    w.matrix("position_embd.weight", s.n_embd, s.n_ctx, gain=0.5)
+    for i in range(s.n_layer):
+        blk = f"blk.{i}"
+        for name, n_in, n_out in (
+            ("attn_qkv", s.n_embd, 3 * s.n_embd),
+            ("attn_output", s.n_embd, s.n_embd),
+            ("ffn_up", s.n_embd, s.n_ff),
+            ("ffn_down", s.n_ff, s.n_embd),
+        ):
+            w.matrix(f"{blk}.{name}.weight", n_in, n_out, gain=1.6)
+            w.vector(f"{blk}.{name}.bias", n_out, mean=0.0)
+        _layer_norm(w, f"{blk}.attn_norm", s.n_embd)
+        _layer_norm(w, f"{blk}.ffn_norm", s.n_embd)
+
+
 def _build_t5(w: ModelWriter, s: Shape) -> None:
     _attention_params(w, s)
     w.param("attention.relative_buckets_count", 32)
@@ -494,6 +517,7 @@ _BUILDERS: dict[str, tuple[str, Callable[[ModelWriter, Shape], None]]] = {
     "moe": ("llama", _build_llama),
     "hybrid-conv": ("lfm2", _build_lfm2),
     "hybrid-swa": ("lfm2", _build_lfm2),
+    "positions": ("gpt2", _build_gpt2),
     "encdec": ("t5", _build_t5),
     "embedding": ("bert", _build_bert),
 }

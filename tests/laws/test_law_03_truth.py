@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -91,15 +92,20 @@ def test_a_cancel_before_the_deadline_is_no_deadline(new_context: NewContext) ->
     assert error.cause is lc.Cause.CLIENT
 
 
-def test_the_verdict_of_a_stopped_shared_call_is_that_of_the_first_cancel(new_context: NewContext) -> None:
-    first, second = lc.CancelToken(), lc.CancelToken()
-    first.cancel("first", cause=lc.Cause.SHUTDOWN)
-    time.sleep(0.002)  # the clock moves on
-    second.cancel("second")
-    for tokens_of in ({0: first, 1: second}, {0: second, 1: first}):
-        error = cancelled(new_context("llama", n_seq_max=2), batch((tokens(9), 0, 0), (tokens(9), 0, 1)), tokens_of)
+@pytest.mark.parametrize(("abort_when", "stopped_by"), [("any", "0"), ("majority", "1"), ("all", "2")])
+def test_the_verdict_of_a_stopped_shared_call_is_that_of_the_cancel_with_which_enough_rows_were_cancelled(
+    abort_when: str, stopped_by: str, new_context: NewContext
+) -> None:
+    three = [lc.CancelToken() for _ in range(3)]
+    for i, token in enumerate(three):
+        token.cancel(str(i), cause=lc.Cause.SHUTDOWN if str(i) == stopped_by else lc.Cause.CLIENT)
+        time.sleep(0.002)  # the clock moves on
+    for order in itertools.permutations(range(3)):
+        context = new_context("llama", n_seq_max=3)
+        rows = batch(*((tokens(9), 0, seq) for seq in range(3)))
+        error = cancelled(context, rows, {seq: three[i] for seq, i in enumerate(order)}, abort_when=abort_when)
         assert error is not None
-        assert (error.cause, error.reason) == (lc.Cause.SHUTDOWN, "first")
+        assert (error.cause, error.reason) == (lc.Cause.SHUTDOWN, stopped_by)
 
 
 @pytest.mark.parametrize("cause", [lc.Cause.CLIENT, lc.Cause.SHUTDOWN])

@@ -284,6 +284,7 @@ def test_a_busy_context_without_a_token_says_so_at_once(
             lambda: context.memory.pos_max(1),
             lambda: context.state.save(1),
             context.perf,
+            lambda: context.dirty_sequences,
             context.close,
         ):
             with pytest.raises(lc.ContextBusyError):
@@ -306,6 +307,28 @@ def test_with_a_token_a_call_waits_for_its_turn(
     assert decoding.lands().rows_done == 1
     assert saved == context.state.save(1)
     assert holds(context)[0][1] == 60
+
+
+def test_a_call_that_is_cancelled_while_it_waits_tells_of_its_sequences(
+    busy: Callable[[str], tuple[lc.Context, Flight]],
+) -> None:
+    context, flight = busy("llama")
+    gone, there = lc.CancelToken(), far()
+    rows = batch((tokens(3), 60, 0), (tokens(2), 4, 1))
+    waiting = [Flight(lambda: context.decode(rows, {0: gone, 1: there}, abort_when="any"), at=NEVER),
+               Flight(lambda: context.decode(rows, gone), at=NEVER)]  # fmt: skip
+    with flight:
+        for each in waiting:
+            each.waits()
+        gone.cancel("hung up")
+        shared, whole = (each.lands() for each in waiting)
+    assert shared.sequences == {
+        0: lc.SequenceOutcome("rolled_back", 60, 60, True),
+        1: lc.SequenceOutcome("rolled_back", 4, 4, False),
+    }
+    assert (shared.survivors, shared.reason, shared.rows_done) == ([1], "hung up", 0)
+    assert [outcome.cancelled for outcome in whole.sequences.values()] == [True, True]
+    assert whole.survivors == []
 
 
 def test_a_batch_cannot_be_changed_under_a_call_that_reads_it(

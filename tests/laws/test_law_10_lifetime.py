@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 import llamacancel as lc
+from llamacancel.make_model import make_lora
 from tests.conftest import GENERATIVE
 from tests.device import CONTEXT, load
 from tests.unit.test_damaged_files import small_model
@@ -404,6 +405,92 @@ if child:
     assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, "fine", "")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_may_load_after_a_load_that_failed_and_exits_at_once() -> None:
+    ran = run_python("""
+import os, sys, threading, time
+import llamacancel as lc
+from llamacancel.make_model import cached_model
+from tests.device import *
+from tests.laws.words import *
+try:
+    load(__file__ if "__file__" in globals() else sys.executable)
+except lc.ModelLoadError:
+    pass
+child = os.fork()
+if not child:
+    with load(cached_model("llama", "tiny")) as model:
+        sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("fine")
+""")
+    assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, "fine", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_forked_in_the_middle_of_a_decode_exits_by_itself_and_can_print_what_it_inherited() -> None:
+    Clock()  # skips the test where there is none
+    ran = run_python("""
+import os, sys, time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import llamacancel as lc
+from llamacancel.make_model import cached_model
+from tests.device import *
+from tests.laws.clock import *
+from tests.laws.words import *
+model = load(cached_model("llama", "tiny"))
+context = model.context(n_ctx=1024, n_ubatch=8, n_threads=1, **CONTEXT)
+flight = Flight(lambda: decode(context, batch((tokens(60), 0, 0)), far()))
+start = time.monotonic()
+child = os.fork()
+if not child:
+    print(repr(context).startswith("<Context of process"), repr(model).startswith("<Model of process"), flush=True)
+    sys.exit(0)
+status = os.waitpid(child, 0)[1]
+waited = time.monotonic() - start
+flight.lands()
+context.close(); model.close()
+print(status, "at once" if waited < 9 else waited)  # an exit waits 10 s for calls in flight
+""")
+    assert (ran.returncode, ran.stdout.split("\n")[:2]) == (0, ["True True", "0 at once"]), ran.stderr
+
+
+def test_a_call_without_memory_for_its_outputs_leaves_the_context_as_it_was() -> None:
+    ran = run_python("""
+import resource
+import psutil
+import llamacancel as lc
+from llamacancel.make_model import cached_model
+from tests.device import *
+from tests.laws.words import *
+with load(cached_model("llama", "tiny")) as model:
+    context, twin = (model.context(n_ctx=1024, n_ubatch=32, n_threads=1, **CONTEXT) for _ in range(2))
+    for each in (context, twin):
+        each.decode(batch((tokens(40), 0, 0), logits="last"))
+        each.decode(batch((tokens(32), 40, 0)))  # llama.cpp has its buffer
+    before, rows = context.logits(0), batch((tokens(640, 3), 72, 0))  # 82 MB of logits
+    used = psutil.Process().memory_info().vms
+    failures = 0
+    for room in range(8, 400, 8):
+        resource.setrlimit(resource.RLIMIT_AS, (used + (room << 20), resource.RLIM_INFINITY))
+        try:
+            context.decode(rows)
+            break
+        except MemoryError as error:
+            failures += 1
+            assert "as before" in str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert holds(context)[0][1] == 71 and context.dirty_sequences == []
+        assert same_bits(context.logits(0), before)
+    twin.decode(rows)
+    assert same_bits(outputs(context, rows), outputs(twin, rows))
+    print("failed and was done again" if failures else "never failed")
+    context.close(); twin.close()
+""")
+    assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, "failed and was done again", "")
+
+
 # ---- leaks -----------------------------------------------------------------------------------------------------
 
 
@@ -546,6 +633,12 @@ def test_memory_stays_flat_over_a_hundred_thousand_tokens() -> None:
         token.child().cancel()
 
     _stays_flat(step, 100_000, 5000)
+
+
+def test_memory_stays_flat_over_adapters_that_are_dropped(model_of: Callable[[str], lc.Model], tmp_path: Path) -> None:
+    model = model_of("llama")
+    path = make_lora(tmp_path / "lora.gguf", model.path, rank=64)
+    _stays_flat(lambda: model.load_lora(path), 400)
 
 
 def test_threads_of_tokens_do_not_add_up() -> None:

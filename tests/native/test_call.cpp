@@ -28,7 +28,7 @@ TEST("a call without tokens goes on") {
     CHECK(!call.should_stop());
     Call none{Ptr()};
     CHECK(!none.should_stop());
-    CHECK(none.first_verdict() == nullptr);
+    CHECK(none.verdict() == nullptr);
     Call empty({}, 0, AbortWhen::All);
     CHECK(!empty.should_stop());
 }
@@ -42,7 +42,7 @@ TEST("a call stops when its token is cancelled") {
     CHECK(call.should_stop());
     CHECK(call.stopped());
     CHECK(!call.stopped_by_interrupt());
-    CHECK(call.first_verdict() == &token->verdict());
+    CHECK(call.verdict() == &token->verdict());
 }
 
 TEST("a call given a cancelled token stops before it starts") {
@@ -57,7 +57,7 @@ TEST("a call stops at its token's deadline") {
     CHECK(!call.should_stop());
     advance(100);
     CHECK(call.should_stop());
-    CHECK(call.first_verdict()->cause == Cause::Deadline);
+    CHECK(call.verdict()->cause == Cause::Deadline);
 }
 
 TEST("abort_when all: the call stops with the last row") {
@@ -105,14 +105,29 @@ TEST("abort_when any: the call stops with the first row") {
     CHECK(call.should_stop());
 }
 
-TEST("the first verdict is the one that came first, not the first in the list") {
+TEST("a call's verdict is the one with which enough rows were cancelled, whatever their order in the list") {
     Rows rows;
-    Call call(rows.watches, 10, AbortWhen::All);
-    advance(1);
-    rows.cancel(2);
-    advance(1);
-    rows.cancel(0);
-    CHECK(call.first_verdict()->reason == "2");
+    Call any(rows.watches, 10, AbortWhen::Any), majority(rows.watches, 10, AbortWhen::Majority);
+    Call all(rows.watches, 10, AbortWhen::All);
+    for (int i : {2, 3, 0, 1}) {
+        CHECK(all.verdict() == nullptr);
+        advance(1);
+        rows.cancel(i);
+    }
+    CHECK(any.verdict()->reason == "2");
+    CHECK(majority.verdict()->reason == "3");
+    CHECK(all.verdict()->reason == "1");
+}
+
+TEST("rows of several tokens are cancelled with the last of them") {
+    Rows rows;
+    Call call({{rows.tokens[0], 1, {rows.tokens[1], rows.tokens[2]}}}, 1, AbortWhen::All);
+    for (int i : {1, 2, 0}) {
+        CHECK(call.verdict() == nullptr);
+        advance(1);
+        rows.cancel(i);
+    }
+    CHECK(call.verdict()->reason == "0");
 }
 
 static bool answer(void * data) noexcept {
@@ -155,7 +170,7 @@ TEST("an interrupt stops the call for good, and the hook is asked no more") {
     CHECK(call.should_stop());
     CHECK(hook.first == 1);
     CHECK(!token->poll());  // the token is the caller's; an interrupt does not cancel it
-    CHECK(call.first_verdict() == nullptr);
+    CHECK(call.verdict() == nullptr);
 }
 
 TEST("a call that was stopped asks its tokens no more") {
@@ -229,7 +244,7 @@ TEST("calls end by their own tokens only while others cancel") {
         }
         canceller.join();
         CHECK(call.stopped() == stop);
-        CHECK(!stop || call.first_verdict()->reason == "current");
+        CHECK(!stop || call.verdict()->reason == "current");
     }
 }
 

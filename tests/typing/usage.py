@@ -39,7 +39,9 @@ def models(path: Path, token: lc.CancelToken) -> None:
         assert_type(model.size, int)
         assert_type(model.load_lora("lora.gguf"), lc.LoraAdapter)
         assert_type(model.context(n_ctx=64, cancel_latency=None), lc.Context)
-        assert_type(model.memory_kind, Literal["attention", "sliding_window", "recurrent", "hybrid", "none"])
+        kind: Literal["attention", "sliding_window", "recurrent", "hybrid", "hybrid_sliding_window", "none", "other"]
+        kind = model.memory_kind
+        assert_type(model.vocab_type == "bpe" and kind == "none", bool)
         model.context(flash_attn="yes")  # type: ignore[arg-type]
         model.context(n_context=1)  # type: ignore[call-arg]
         model.n_vocab = 1  # type: ignore[misc]

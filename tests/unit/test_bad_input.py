@@ -154,6 +154,12 @@ OUTPUTS = [
     Case("pooled_embeddings: a context without", IndexError, "sequence 0 no pooled", lambda w: w.ctx.pooled_embeddings(0)),
     Case("pooled_embeddings: a negative sequence", ValueError, "seq_id -1", lambda w: w.ctx.pooled_embeddings(-1)),
     Case("embeddings: those that were pooled", IndexError, "pooled pooled_embeddings", lambda w: _embedding(w).embeddings(0)),
+    Case("decode: a position that the model has not learned", lc.InvalidBatchError, "row 0 position 512 learned 511",
+         lambda w: w.new_context("positions", n_ctx=600, n_batch=600, n_threads=2).decode(batch_of(np.arange(9, 13, dtype=np.int32), pos=512))),
+    Case("encode: a position that the model has not learned", lc.InvalidBatchError, "row 2 position 4096 learned 4095",
+         lambda w: w.new_context("embedding", n_threads=2, embeddings=True).encode(batch_of(np.arange(9, 13, dtype=np.int32), pos=4094))),
+    Case("encode: anew, and the decoder holds the text before", lc.InvalidBatchError, "row 0 decoder holds sequence 0 remove",
+         lambda w: _translated(w).encode(batch_of(np.arange(9, 13, dtype=np.int32)))),
     Case("pooled_embeddings: another sequence", IndexError, "sequence 1 no pooled", lambda w: _embedding(w).pooled_embeddings(1)),
     Case("logits: an encoder has none", IndexError, "row 0 no logits", lambda w: _embedding(w).logits(0)),
     Case("memory: an encoder has none", lc.ContextError, "encoder no memory", lambda w: _embedding(w).memory.clear()),
@@ -161,6 +167,13 @@ OUTPUTS = [
     Case("decode: an encoder's batch in more than one piece", lc.InvalidBatchError, "one piece 33 rows n_ubatch is 32",
          lambda w: w.new_context("embedding", embeddings=True).decode(batch_of(prompt(w.model_of("embedding"), 33)))),
 ]  # fmt: skip
+
+
+def _translated(w: World) -> lc.Context:
+    context = w.new_context("encdec")
+    context.encode(batch_of(np.arange(9, 13, dtype=np.int32)))
+    context.decode(batch_of(np.array([0], np.int32)))
+    return context
 
 
 def _embedding(w: World) -> lc.Context:
@@ -464,9 +477,9 @@ ADD: list[tuple[str, str, Callable[[lc.Batch], object]]] = [
     ("True", "token True", lambda b: b.add(True, 0, 0)),
     ("None", "token None", lambda b: b.add(None, 0, 0)),  # type: ignore[arg-type]
     ("text", "token '5'", lambda b: b.add("5", 0, 0)),
-    ("a token of 40 bits", "row 1 int32", lambda b: b.add(2**40, 0, 0)),
+    ("a token of 40 bits", "row 1 token 1099511627776 32-bit", lambda b: b.add(2**40, 0, 0)),
     ("a token of 400 bits", "row 1", lambda b: b.add(2**400, 0, 0)),
-    ("a position of 40 bits", "row 1 int32", lambda b: b.add(1, 2**40, 0)),
+    ("a position of 40 bits", "row 1 pos 32 bits 1099511627776", lambda b: b.add(1, 2**40, 0)),
     ("a position of half", "pos", lambda b: b.add(1, 0.5, 0)),  # type: ignore[arg-type]
     ("a position of text", "pos", lambda b: b.add(1, "0", 0)),  # type: ignore[arg-type]
     ("a position of True", "pos", lambda b: b.add(1, True, 0)),

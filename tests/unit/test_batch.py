@@ -94,3 +94,16 @@ def test_the_batch_says_how_full_it_is() -> None:
     batch = lc.Batch(5)
     batch.add(1, 0, 0)
     assert repr(batch) == "<Batch of 1 tokens, capacity 5>"
+
+
+def test_integers_are_never_cut_to_32_bits() -> None:
+    batch = lc.Batch(2)
+    for token, pos in ((2**40 + 7, 0), (7, 2**40), (-(2**31) - 1, 0)):
+        with pytest.raises(lc.InvalidBatchError, match="32"):
+            batch.add(token, pos, 0)
+    assert len(batch) == 0
+
+
+def test_a_batch_whose_offsets_would_not_fit_is_refused_before_it_is_made() -> None:
+    with pytest.raises(ValueError, match="65536 times 65536"):
+        lc.Batch(65536, 65536)

@@ -533,3 +533,70 @@ def test_two_contexts_of_a_model_work_at_the_same_time(model_of: LoadedModel, ne
         thread.join()
     assert set(results) == {reference.logits().tobytes()}
     assert len(results) == 10
+
+
+def test_the_parts_of_a_context_are_not_made_without_it(new_context: NewContext) -> None:
+    for part in (type(new_context("llama").memory), type(new_context("llama").state)):
+        for make in (part, lambda part=part: part.__new__(part)):
+            with pytest.raises(TypeError):
+                make()
+        with pytest.raises(TypeError):
+            part(None)
+
+
+class Index:
+    """An integer for `__index__` alone, and another one each time."""
+
+    def __init__(self, *values: int) -> None:
+        self.values = list(values)
+
+    def __index__(self) -> int:
+        return self.values.pop(0) if len(self.values) > 1 else self.values[0]
+
+
+def test_a_sequence_id_is_read_once(model_of: LoadedModel, new_context: NewContext) -> None:
+    context = new_context("llama", n_seq_max=2)
+    context.decode(batch_of(prompt(model_of("llama"), 5)))
+    assert context.memory.pos_max(Index(0, 9)) == 4
+    context.memory.copy(Index(0, 9), Index(1, 9))
+    assert context.memory.remove(Index(1, -5))
+    data = context.state.save(Index(0, 77))
+    context.state.load(Index(1, 77), data)
+    assert [context.memory.pos_max(seq) for seq in (0, 1)] == [4, 4]
+    context.memory.keep(Index(1, 5))
+    assert [context.memory.pos_max(seq) for seq in (0, 1)] == [-1, 4]
+
+
+def test_a_context_is_made_once(new_context: NewContext, model_of: LoadedModel) -> None:
+    context = new_context("llama")
+    with pytest.raises(TypeError, match="once"):
+        context.__init__(model_of("llama"))  # type: ignore[misc]
+    assert context.memory.pos_max(0) == -1
+
+
+def test_learned_positions_are_computed_up_to_the_last(model_of: LoadedModel) -> None:
+    model = model_of("positions")
+    assert model.max_position_embeddings == 512
+    assert model_of("llama").max_position_embeddings is None
+    with model.context(n_ctx=1024, n_threads=2) as context:  # measured within the table
+        context.decode(batch_of(prompt(model, 512)))
+        assert np.isfinite(context.logits()).all()
+
+
+def test_a_text_can_be_encoded_anew_when_the_decoder_has_forgotten_the_one_before(
+    model_of: LoadedModel, new_context: NewContext
+) -> None:
+    context, other = new_context("encdec"), new_context("encdec")
+    start = batch_of(np.array([0], np.int32))
+    context.encode(batch_of(np.arange(9, 13, dtype=np.int32)))
+    context.decode(start)
+    context.memory.clear()
+    for each in (context, other):
+        each.encode(batch_of(np.arange(20, 33, dtype=np.int32)))
+        each.decode(start)
+    assert context.logits().tobytes() == other.logits().tobytes()
+
+
+def test_several_sequences_of_an_encoder_and_decoder_share_a_cache(new_context: NewContext) -> None:
+    with pytest.raises(lc.ContextError, match="kv_unified=True"):
+        new_context("encdec", n_seq_max=2, kv_unified=False)

@@ -92,3 +92,27 @@ logging.basicConfig(level=logging.{level}, stream=sys.stdout, format="%(name)s %
     lines = result.stdout.splitlines()
     assert ("llamacancel.llama INFO" in result.stdout) == (level == "DEBUG")
     assert any(line.startswith("llamacancel.llama ERROR") for line in lines)
+
+
+def test_what_a_filter_raises_takes_nothing_from_the_call() -> None:
+    result = run("""
+        import logging, sys
+        import llamacancel as lc
+        raised = []
+        sys.unraisablehook = lambda told: raised.append(str(told.exc_value))
+        logger = logging.getLogger("llamacancel.llama")
+        logger.setLevel(1)
+        def broken(record):
+            raise RuntimeError("a filter")
+        logger.addFilter(broken)
+        with lc.Model.load(sys.argv[1]) as model, model.context(n_ctx=64, n_threads=1) as context:
+            batch, token = lc.Batch(4), lc.CancelToken()
+            batch.add_sequence([1, 2, 3])
+            context.decode(batch)
+            token.cancel("gone")
+            try:
+                context.state.save(0, token)
+            except lc.DecodeCancelled as error:
+                print(error.reason, set(raised))
+    """)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "gone {'a filter'}\n", "")

@@ -24,8 +24,9 @@ NewContext = Callable[..., lc.Context]
 def test_the_facts_are_those_of_the_file(model_of: LoadedModel) -> None:
     model = model_of("llama")
     assert (model.n_vocab, model.n_embd, model.n_layer, model.n_head) == (32000, 64, 3, 2)
-    assert (model.n_ctx_train, model.n_swa) == (4096, 0)
+    assert (model.n_ctx_train, model.n_swa, model.n_embd_inp, model.vocab_type) == (4096, 0, 64, "spm")
     assert (model.bos, model.eos, model.eot, model.decoder_start_token) == (1, 2, None, None)
+    assert (model.sep, model.pad, model.mask, model.adds_eos) == (None, None, None, False)
     assert (model.has_encoder, model.has_decoder, model.adds_bos, model.closed) == (False, True, True, False)
     assert 2_000_000 < model.n_params < 3_000_000
     assert model.size > model.n_params
@@ -44,8 +45,24 @@ def test_the_metadata_is_text_and_a_copy(model_of: LoadedModel) -> None:
     assert model.metadata["general.architecture"] == "llama"
 
 
+@pytest.mark.parametrize(("vocab", "facts"), [
+    ("qwen2", {"vocab_type": "bpe", "nl": 198, "pad": 151643, "eot": 151645, "sep": None, "fim_mid": None}),
+    ("bert-bge", {"vocab_type": "wpm", "sep": 102, "pad": 0, "mask": 103, "adds_eos": False, "fim_pre": None}),
+])  # fmt: skip
+def test_special_tokens_are_told(vocab: str, facts: dict[str, object]) -> None:
+    with lc.Model.load(find_vocab(vocab), vocab_only=True) as model:
+        assert {name: getattr(model, name) for name in facts} == facts
+
+
+def test_a_token_has_attributes(model_of: LoadedModel) -> None:
+    model = model_of("llama")
+    told = [model.token_attributes(token) for token in (0, 1, 3, 400)]
+    assert told == [{"unknown"}, {"control"}, {"byte"}, {"normal"}]
+
+
 def test_the_chat_template_is_the_files_or_none(model_of: LoadedModel) -> None:
-    assert model_of("llama").chat_template == CHAT_TEMPLATE
+    assert model_of("llama").chat_template == CHAT_TEMPLATE == model_of("llama").get_chat_template()
+    assert model_of("llama").get_chat_template("tool_use") is None
     assert model_of("embedding").chat_template is None
 
 

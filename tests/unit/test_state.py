@@ -167,3 +167,14 @@ def test_contexts_can_exchange_states_at_the_same_time(model_of: LoadedModel, ne
 def test_the_state_says_whose_it_is(new_context: NewContext) -> None:
     context = new_context("llama")
     assert repr(context.state) == f"<State of {context!r}>"
+
+
+def test_a_state_is_saved_and_loaded_after_the_model_was_closed(model_path: Callable[[str], Path]) -> None:
+    model = lc.Model.load(model_path("llama"))
+    with model.context(n_ctx=256, n_threads=1) as context:
+        context.decode(batch_of(prompt(model, 20)))
+        data = context.state.save()
+        model.close()
+        assert context.state.save() == data
+        context.state.load(0, data)
+        assert context.memory.pos_max(0) == 19

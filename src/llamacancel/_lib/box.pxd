@@ -32,8 +32,9 @@ cdef extern from "call.hpp" namespace "llamacancel" nogil:
         Call(shared_ptr[TokenState] token) except +
         Call(vector[Watch] watches, uint32_t rows, AbortWhen when) except +
         void set_interrupt(bool (*hook)(void *) noexcept, void * arg) noexcept
+        bool should_stop() noexcept
         bool stopped_by_interrupt() noexcept
-        const Verdict * first_verdict() noexcept
+        const Verdict * verdict() noexcept
 
 
 cdef extern from "cut.hpp" namespace "llamacancel" nogil:
@@ -105,6 +106,7 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         Full
         Failed
         Busy
+        NoMemory
 
     enum class OnCancel (uint8_t):
         Rollback
@@ -148,6 +150,7 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         bool on_cpu() noexcept
         string lost_server() except +
         bool has_weights() noexcept
+        int32_t max_positions() noexcept
         bool causal() noexcept
         MemoryKind memory_kind() noexcept
         GapCost gap_cost(int32_t n_threads) except +
@@ -157,6 +160,7 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
                           string & text, string & message) except +
         string piece(llama_token token, bool special) except +
         llama_adapter_lora * load_adapter(const string & path, string & message) except +
+        void free_adapter(llama_adapter_lora * adapter) except +
 
     cppclass ContextBox:
         @staticmethod
@@ -183,11 +187,13 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         const Outputs & outputs() noexcept
         const cppset[llama_seq_id] & dirty() noexcept
         bool pooled() noexcept
+        const shared_ptr[ModelBox] & model() noexcept
 
 
 cdef extern from "guard.hpp" namespace "llamacancel" nogil:
     void initialize() except +
     void begin_exit(double most_seconds) noexcept
+    void after_fork_in_child() except +
     struct LogLine:
         int level
         string text

@@ -94,6 +94,7 @@ cdef extern from "llama.h" nogil:
     size_t llama_max_parallel_sequences()
 
     int32_t llama_model_n_ctx_train(const llama_model * model)
+    int32_t llama_model_n_embd_inp(const llama_model * model)
     int32_t llama_model_n_embd_out(const llama_model * model)
     int32_t llama_model_n_layer(const llama_model * model)
     int32_t llama_model_n_head(const llama_model * model)
@@ -115,7 +116,20 @@ cdef extern from "llama.h" nogil:
     llama_token llama_vocab_bos(const llama_vocab * vocab)
     llama_token llama_vocab_eos(const llama_vocab * vocab)
     llama_token llama_vocab_eot(const llama_vocab * vocab)
+    llama_token llama_vocab_sep(const llama_vocab * vocab)
+    llama_token llama_vocab_nl(const llama_vocab * vocab)
+    llama_token llama_vocab_pad(const llama_vocab * vocab)
+    llama_token llama_vocab_mask(const llama_vocab * vocab)
+    llama_token llama_vocab_fim_pre(const llama_vocab * vocab)
+    llama_token llama_vocab_fim_suf(const llama_vocab * vocab)
+    llama_token llama_vocab_fim_mid(const llama_vocab * vocab)
+    llama_token llama_vocab_fim_pad(const llama_vocab * vocab)
+    llama_token llama_vocab_fim_rep(const llama_vocab * vocab)
+    llama_token llama_vocab_fim_sep(const llama_vocab * vocab)
+    int llama_vocab_type(const llama_vocab * vocab)
+    int llama_vocab_get_attr(const llama_vocab * vocab, llama_token token)
     bool llama_vocab_get_add_bos(const llama_vocab * vocab)
+    bool llama_vocab_get_add_eos(const llama_vocab * vocab)
 
     int32_t llama_set_adapters_lora(llama_context * ctx, llama_adapter_lora ** adapters, size_t n, float * scales) except +
 

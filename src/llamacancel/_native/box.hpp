@@ -28,7 +28,7 @@ namespace llamacancel {
 // ---- model -----------------------------------------------------------------------------------------------
 
 // What a native operation came to; `message` says what was wrong, in one line.
-enum class Status : uint8_t { Done, Cancelled, Invalid, Full, Failed, Busy };
+enum class Status : uint8_t { Done, Cancelled, Invalid, Full, Failed, Busy, NoMemory };
 
 class ModelBox {
 public:
@@ -49,6 +49,7 @@ public:
     MemoryKind memory_kind() const noexcept { return memory_kind_; }  // of its contexts
     uint32_t positions_per_embd() const noexcept;                     // more than one for M-RoPE
     bool has_weights() const noexcept;                                // false if loaded with vocab_only
+    int32_t max_positions() const noexcept;                           // in a learned table of them; 0 without one
     bool causal() const noexcept;  // false for encoders, whose batches are computed in one piece
 
     // Tokens of `text`, or the text of tokens; Status::Failed with a message where the vocabulary cannot.
@@ -58,8 +59,9 @@ public:
                       std::string & text, std::string & message) const;
     std::string piece(llama_token token, bool special) const;
 
-    // A LoRA adapter, which lives as long as the model; null with a message if the file is none for it.
+    // A LoRA adapter, to be freed before the model; null with a message if the file is none for it.
     llama_adapter_lora * load_adapter(const std::string & path, std::string & message);
+    void free_adapter(llama_adapter_lora * adapter);
 
     // llama_init_from_model(), which for YaRN writes into the model: that is undone, and contexts are made one by one.
     llama_context * make_context(const llama_context_params & params);
@@ -79,7 +81,7 @@ private:
     llama_model * model_;
     const bool on_cpu_;
     MemoryKind memory_kind_ = MemoryKind::None;
-    std::mutex making_;  // held while a context is made
+    std::mutex making_;  // held while a context or an adapter is made, which llama.cpp writes down in the model
     std::mutex cost_mutex_;
     std::map<int32_t, GapCost> cost_;
 };

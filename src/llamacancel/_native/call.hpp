@@ -39,6 +39,18 @@ public:
             }
             return true;
         }
+
+        // The verdict with which the rows were cancelled; nullptr if they are not.
+        const Verdict * last_verdict() const noexcept {
+            if (!cancelled()) {
+                return nullptr;
+            }
+            const Verdict * last = &token->verdict();
+            for (const TokenState::Ptr & other : also) {
+                last = other->verdict().at_ns > last->at_ns ? &other->verdict() : last;
+            }
+            return last;
+        }
     };
 
     Call() = default;
@@ -86,19 +98,24 @@ public:
     int64_t interrupted_at_ns() const noexcept { return interrupted_at_ns_; }
     const std::vector<Watch> & watches() const noexcept { return watches_; }
 
-    // The verdict that came first among the cancelled tokens; nullptr if none is cancelled.
-    const Verdict * first_verdict() const noexcept {
-        const Verdict * first = nullptr;
-        const auto look = [&](const TokenState::Ptr & token) {
-            if (token->poll() && (!first || token->verdict().at_ns < first->at_ns)) {
-                first = &token->verdict();
+    // The verdict that stopped the call: the one with which enough rows were cancelled. nullptr if not enough are.
+    const Verdict * verdict() const noexcept {
+        const Verdict * stopping = nullptr;
+        for (const Watch & candidate : watches_) {
+            const Verdict * const last = candidate.last_verdict();
+            if (!last || (stopping && stopping->at_ns <= last->at_ns)) {
+                continue;
             }
-        };
-        for (const Watch & watch : watches_) {
-            look(watch.token);
-            std::for_each(watch.also.begin(), watch.also.end(), look);
+            uint32_t rows = 0;
+            for (const Watch & watch : watches_) {
+                const Verdict * const other = watch.last_verdict();
+                rows += other && other->at_ns <= last->at_ns ? watch.rows : 0;
+            }
+            if (rows >= rows_needed_) {
+                stopping = last;
+            }
         }
-        return first;
+        return stopping;
     }
 
 private:

@@ -169,6 +169,7 @@ std::string ContextBox::check(const BatchView & batch, bool encoding) const {
     std::vector<Sequence> sequences(n_seq_max);
     const bool may_share = memory_.split == Split::Simple || memory_.split == Split::Equal;
     const bool mrope = model_->positions_per_embd() > 1;
+    const int32_t max_positions = model_->max_positions();
     for (int32_t row = 0; row < batch.n_rows; ++row) {
         const std::string where = "row " + text(row) + ": ";
         if (batch.token && (batch.token[row] < 0 || batch.token[row] >= n_vocab)) {
@@ -177,6 +178,10 @@ std::string ContextBox::check(const BatchView & batch, bool encoding) const {
         }
         if (batch.pos[row] < 0) {
             return where + "position " + text(batch.pos[row]) + " is negative";
+        }
+        if (max_positions > 0 && batch.pos[row] >= max_positions) {
+            return where + "position " + text(batch.pos[row]) + " is none that the model has learned (0 to " +
+                   text(max_positions - 1) + ")";
         }
         const int32_t * const begin = batch.seqs_begin(row);
         const int32_t * const end = batch.seqs_end(row);
@@ -199,7 +204,11 @@ std::string ContextBox::check(const BatchView & batch, bool encoding) const {
         }
         for (const int32_t * seq = begin; seq != end; ++seq) {
             Sequence & sequence = sequences[*seq];
-            const llama_pos held = encoding ? -1 : memory_.pos_max(*seq);
+            const llama_pos held = memory_.pos_max(*seq);
+            if (encoding && held >= 0) {
+                return where + "the decoder holds positions of sequence " + text(*seq) +
+                       ": remove them from the memory before encoding anew";
+            }
             if (sequence.last_row >= 0) {
                 const llama_pos before = batch.pos[sequence.last_row];
                 if (mrope ? batch.pos[row] < before : batch.pos[row] != before + 1) {
@@ -262,6 +271,7 @@ bool ContextBox::forgot(llama_seq_id seq, llama_pos next) const {
 }
 
 bool ContextBox::remove(llama_seq_id seq, llama_pos p0, llama_pos p1) {
+    const InFlight in_flight;
     const llama_pos last = memory_.pos_max(seq);
     const bool whole = p0 <= 0 && (p1 < 0 || p1 > last);
     if (!whole && p0 <= last && forgot(seq, p0)) {
@@ -281,6 +291,7 @@ bool ContextBox::remove(llama_seq_id seq, llama_pos p0, llama_pos p1) {
 }
 
 Status ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1, std::string & message) {
+    const InFlight in_flight;
     const auto refused = [&](std::string why) {
         message = std::move(why);
         return Status::Invalid;
@@ -325,6 +336,7 @@ Status ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_
 }
 
 void ContextBox::keep(llama_seq_id seq) {
+    const InFlight in_flight;
     memory_.memory->seq_keep(seq);
     // With a cache for each sequence, llama.cpp looks at that of `seq` alone.
     for (llama_seq_id other = 0; other < llama_seq_id(llama_n_seq_max(ctx_)); ++other) {
@@ -340,6 +352,7 @@ void ContextBox::keep(llama_seq_id seq) {
 }
 
 Status ContextBox::clear(std::string & message) {
+    const InFlight in_flight;
     try {
         AssertionGuard guard;
         memory_.memory->clear(true);

@@ -16,7 +16,11 @@ namespace llamacancel {
 
 namespace {
 
+#ifdef LLAMACANCEL_PATCHED
+constexpr uint32_t kFewestRows = 64;  // the token is looked at inside a node: fewer would cost throughput and gain little
+#else
 constexpr uint32_t kFewestRows = 8;
+#endif
 constexpr uint32_t kProbeCells = 1024;
 constexpr int64_t kPassNs = 100'000'000;      // at most, one pass over the first layers
 constexpr int64_t kStoppedNs = 10 * kPassNs;  // what a pass is taken for that was stopped before a device had its part
@@ -124,20 +128,21 @@ private:
 
 }  // namespace
 
-GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu) {
+GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu, int32_t max_positions) {
     const bool always = true;
     QuietLog quiet(always);  // each pass is stopped on its way
-    const int32_t few_rows = on_cpu ? 32 : 128, more_rows = 4 * few_rows;
-    const uint32_t n_past = kProbeCells - more_rows;
+    const int32_t n_cells = max_positions > 0 ? std::min<int32_t>(kProbeCells, max_positions) : kProbeCells;
+    const int32_t more_rows = std::min(on_cpu ? 128 : 512, n_cells), few_rows = std::max(more_rows / 4, 1);
+    const uint32_t n_past = n_cells - more_rows;
     Probe probe(model, n_threads, more_rows, on_cpu);
     const double few = probe.longest_gap(few_rows, 0);
     const double more = probe.longest_gap(more_rows, 0);
     const double far = probe.longest_gap(more_rows, n_past);
 
     GapCost cost;
-    cost.seconds_per_row = std::max(0.0, more - few) / (more_rows - few_rows);
+    cost.seconds_per_row = more_rows > few_rows ? std::max(0.0, more - few) / (more_rows - few_rows) : 0;
     cost.seconds = std::max(0.0, more - more_rows * cost.seconds_per_row);
-    cost.seconds_per_row_kv = std::max(0.0, far - more) / (double(more_rows) * n_past);
+    cost.seconds_per_row_kv = n_past > 0 ? std::max(0.0, far - more) / (double(more_rows) * n_past) : 0;
 
 #ifndef LLAMACANCEL_PATCHED
     // The output matrix is as wide as the vocabulary; its rows are as many as the outputs asked for.

@@ -38,8 +38,8 @@ struct GapCost {
 };
 
 // Runs some tokens through the first layers, a few times for at most 0.1 s each; through all of them on other devices
-// than the CPU, which do not look inside a graph.
-GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu);
+// than the CPU, which do not look inside a graph. `max_positions`: as many as the model has, or 0.
+GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu, int32_t max_positions);
 
 // The cut of one context, fixed when it is made.
 struct Cut {

@@ -145,6 +145,9 @@ public:
             try {
                 AssertionGuard guard;
                 compute_all();
+            } catch (const std::bad_alloc &) {
+                outputs_ = {};
+                failed(Status::NoMemory, "out of memory");
             } catch (const std::exception & error) {
                 broken(error);
                 failed(Status::Failed, box_.explain(error));
@@ -358,7 +361,7 @@ private:
         if (report_.interrupted) {
             report_.verdict.cause = Cause::Interrupt;
             report_.verdict.at_ns = call_.interrupted_at_ns();
-        } else if (const Verdict * verdict = call_.first_verdict()) {
+        } else if (const Verdict * verdict = call_.verdict()) {
             report_.verdict = *verdict;
         } else {
             report_.verdict = {Cause::Shutdown, "the interpreter exits", now_ns()};
@@ -383,8 +386,10 @@ private:
                 sequences_.at(seq).dirty = true;
             }
             box_.confirm();
-        } catch (const std::exception & error) {  // the memory is on a device that is gone
-            broken(error);
+        } catch (const std::exception & error) {  // no memory is left, or that of the context is on a device that is gone
+            if (!dynamic_cast<const std::bad_alloc *>(&error)) {
+                broken(error);
+            }
             for (auto & [seq, sequence] : sequences_) {
                 sequence.dirty = true;
             }

@@ -24,10 +24,9 @@ struct Log {
     std::deque<LogLine> lines;
 };
 
-Log & log() {
-    static Log * const instance = new Log;  // never destroyed: other threads may log during exit
-    return *instance;
-}
+Log * log_instance = new Log;  // never destroyed: other threads may log during exit
+
+Log & log() { return *log_instance; }
 
 std::atomic<int> in_flight{0};
 std::atomic<bool> is_exiting{false};
@@ -89,6 +88,11 @@ void begin_exit(double most_seconds) noexcept {
     while (in_flight.load(std::memory_order_seq_cst) > 0 && std::chrono::steady_clock::now() < end) {
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
+}
+
+void after_fork_in_child() {
+    in_flight.store(0, std::memory_order_seq_cst);
+    log_instance = new Log;
 }
 
 QuietLog::QuietLog(const bool & quiet) noexcept { quiet_flag = &quiet; }

@@ -38,6 +38,9 @@ bool exiting() noexcept;
 // Called on the exiting thread, without the GIL: stops all calls and waits for them, `most_seconds` at most.
 void begin_exit(double most_seconds) noexcept;
 
+// In a forked child the parent's calls are in flight no more, and its log may be locked for ever by one of them.
+void after_fork_in_child();
+
 // Sets up llama.cpp once for the process: backends, the hook for asserts, the log.
 void initialize();
 

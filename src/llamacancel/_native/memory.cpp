@@ -4,6 +4,7 @@
 #include <array>
 #include <cstring>
 #include <map>
+#include <new>
 #include <optional>
 
 #include "cells.hpp"
@@ -61,6 +62,8 @@ llama_kv_cells_vec & cells_of(llama_kv_cache & cache) { return *(cache.*expose(C
 bool has_left_window(llama_kv_cache & cache, llama_pos pos, llama_pos next) {
     return llama_hparams::is_masked_swa(cache.*expose(Window{}), cache.*expose(WindowType{}), pos, next);
 }
+
+constexpr size_t kCellsBetweenLooks = 64;  // are copied at once: on an RPC server each copy is a round trip
 
 bool shares_cells(llama_kv_cache & cache) { return (cache.*expose(Other{})) != nullptr; }
 
@@ -210,11 +213,27 @@ struct Undo::Cache {
     // `slot`: the cells that will be written. Those in use there are overwritten, and apply_ubatch() then
     // forgets every older position of the sequences that lost a cell.
     void save(uint32_t stream, const std::vector<uint32_t> & slot) {
-        const llama_kv_cells & cells = cells_of(cache)[stream];
-        auto & marks = saved[stream];
-        Group group;
-        group.stream = stream;
+        groups.emplace_back().stream = stream;
+        try {
+            note(groups.back(), slot);
+            copy(groups.back());
+        } catch (const std::bad_alloc &) {
+            for (uint32_t idx : groups.back().copied) {
+                saved[stream][idx] = Described;
+            }
+            for (const auto * touched : {&groups.back().empty, &groups.back().idxs}) {
+                for (uint32_t idx : *touched) {
+                    saved[stream][idx] = Untouched;
+                }
+            }
+            groups.pop_back();
+            throw;
+        }
+    }
 
+    void note(Group & group, const std::vector<uint32_t> & slot) {
+        const llama_kv_cells & cells = cells_of(cache)[group.stream];
+        auto & marks = saved[group.stream];
         std::map<llama_seq_id, llama_pos> purged_to;
         for (uint32_t idx : slot) {
             if (!cells.is_empty(idx)) {
@@ -238,20 +257,18 @@ struct Undo::Cache {
                 }
                 for (const auto & [seq, to] : purged_to) {
                     if (cells.pos_get(idx) <= to && cells.seq_has(idx, seq)) {
-                        marks[idx] = Described;
                         group.idxs.push_back(idx);
+                        marks[idx] = Described;
                         break;
                     }
                 }
             }
         }
-
-        keep(std::move(group));
     }
 
     // Cells that `seq` holds, and in a sliding window all, since a search for room may take any there.
-    void save_sequence(llama_seq_id seq) {
-        Group group;
+    void save_sequence(llama_seq_id seq, const std::function<void()> & poll) {
+        Group & group = groups.emplace_back();
         group.stream = cache.get_stream(seq);
         const llama_kv_cells & cells = cells_of(cache)[group.stream];
         const bool slides = cache.*expose(WindowType{}) != LLAMA_SWA_TYPE_NONE;
@@ -263,17 +280,23 @@ struct Undo::Cache {
             }
         }
         group.copied = group.idxs;
-        keep(std::move(group));
+        copy(group, poll);
     }
 
-    void keep(Group group) {
+    void copy(Group & group, const std::function<void()> & poll = {}) {
         const CellData & cell_data = data[group.stream];
         if (!group.idxs.empty()) {
             group.cells = cells_of(cache)[group.stream].cp(group.idxs);
         }
         group.bytes.resize(group.copied.size() * cell_data.bytes());
-        cell_data.get(group.copied, group.bytes.data());
-        groups.push_back(std::move(group));
+        for (size_t first = 0; first < group.copied.size(); first += kCellsBetweenLooks) {
+            if (poll) {
+                poll();
+            }
+            const size_t last = std::min(first + kCellsBetweenLooks, group.copied.size());
+            cell_data.get({group.copied.begin() + first, group.copied.begin() + last},
+                          group.bytes.data() + first * cell_data.bytes());
+        }
     }
 
     void restore() {
@@ -547,8 +570,8 @@ bool Undo::save(const llama_ubatch & ubatch) {
     return !recurrent_ || recurrent_->save(ubatch);
 }
 
-void Undo::save_sequence(llama_seq_id seq) {
-    for (auto & cache : caches_) cache->save_sequence(seq);
+void Undo::save_sequence(llama_seq_id seq, const std::function<void()> & poll) {
+    for (auto & cache : caches_) cache->save_sequence(seq, poll);
     if (recurrent_) recurrent_->save_sequence(seq);
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -64,8 +65,9 @@ public:
     // Saves what `ubatch` will overwrite and was not saved since begin(). False if there is no slot for it.
     bool save(const llama_ubatch & ubatch);
 
-    // Saves all that a sequence holds, before it is replaced as a whole; restore() puts it back.
-    void save_sequence(llama_seq_id seq);
+    // Saves all that a sequence holds, before it is replaced as a whole; restore() puts it back. `poll` is called
+    // between cells, and may throw.
+    void save_sequence(llama_seq_id seq, const std::function<void()> & poll);
 
     // Puts everything back as it was at begin().
     void restore();

@@ -450,6 +450,10 @@ uint32_t ModelBox::positions_per_embd() const noexcept { return model_->hparams.
 
 bool ModelBox::has_weights() const noexcept { return !model_->hparams.vocab_only; }
 
+int32_t ModelBox::max_positions() const noexcept {
+    return model_->pos_embd ? static_cast<int32_t>(model_->pos_embd->ne[1]) : 0;
+}
+
 bool ModelBox::causal() const noexcept { return model_->hparams.causal_attn; }
 
 Status ModelBox::tokenize(const std::string & text, bool add_special, bool parse_special,
@@ -507,6 +511,8 @@ llama_adapter_lora * ModelBox::load_adapter(const std::string & path, std::strin
     if (!message.empty()) {
         return nullptr;
     }
+    const InFlight in_flight;
+    std::lock_guard<std::mutex> lock(making_);
     clear_errors();
     try {
         AssertionGuard guard;
@@ -518,6 +524,11 @@ llama_adapter_lora * ModelBox::load_adapter(const std::string & path, std::strin
         message = error.what();
     }
     return nullptr;
+}
+
+void ModelBox::free_adapter(llama_adapter_lora * adapter) {
+    std::lock_guard<std::mutex> lock(making_);
+    llama_adapter_lora_free(adapter);
 }
 
 llama_context * ModelBox::make_context(const llama_context_params & params) {
@@ -540,7 +551,7 @@ GapCost ModelBox::gap_cost(int32_t n_threads) {
     }
     try {
         AssertionGuard guard;
-        return cost_[n_threads] = measure_gap_cost(model_, n_threads, on_cpu_);
+        return cost_[n_threads] = measure_gap_cost(model_, n_threads, on_cpu_, max_positions());
     } catch (const AssertionFailed &) {
         return {};  // making a context will say why
     }

@@ -83,6 +83,7 @@ Status ContextBox::save_state(llama_seq_id seq, Call & call, std::vector<uint8_t
     try {
         AssertionGuard guard;
         poll(call);
+        bytes.reserve(llama_state_seq_get_size_ext(ctx_, seq, 0));
         llama_synchronize(ctx_);
         Writer writer(call, bytes);
         memory_.memory->state_write(writer, seq, 0);
@@ -106,7 +107,9 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
     try {
         AssertionGuard guard;
         undo.begin();
-        undo.save_sequence(seq);
+        undo.save_sequence(seq, [&] { poll(call); });
+    } catch (const Cancelled &) {
+        return Status::Cancelled;
     } catch (const AssertionFailed & error) {
         message = explain(error);
         return Status::Failed;
