@@ -386,8 +386,10 @@ private:
                 sequences_.at(seq).dirty = true;
             }
             box_.confirm();
-        } catch (const std::exception & error) {  // the memory is on a device that is gone, or there is no room for it
-            broken(error);
+        } catch (const std::exception & error) {  // no memory is left, or that of the context is on a device that is gone
+            if (!dynamic_cast<const std::bad_alloc *>(&error)) {
+                broken(error);
+            }
             for (auto & [seq, sequence] : sequences_) {
                 sequence.dirty = true;
             }

@@ -63,6 +63,8 @@ bool has_left_window(llama_kv_cache & cache, llama_pos pos, llama_pos next) {
     return llama_hparams::is_masked_swa(cache.*expose(Window{}), cache.*expose(WindowType{}), pos, next);
 }
 
+constexpr size_t kCellsBetweenLooks = 1024;  // are copied at once: on an RPC server each copy is a round trip
+
 bool shares_cells(llama_kv_cache & cache) { return (cache.*expose(Other{})) != nullptr; }
 
 CellData data_of(llama_kv_cache & cache, uint32_t stream) {
@@ -160,8 +162,6 @@ Memory::Memory(llama_memory_i * memory, bool output_all) : memory(memory) {
         split = Split::EqualSequential;
     }
 }
-
-constexpr size_t kCellsBetweenPolls = 4096;
 
 // ---- caches of keys and values ---------------------------------------------------------------------------
 
@@ -289,14 +289,13 @@ struct Undo::Cache {
             group.cells = cells_of(cache)[group.stream].cp(group.idxs);
         }
         group.bytes.resize(group.copied.size() * cell_data.bytes());
-        const size_t n = poll ? kCellsBetweenPolls : group.copied.size();
-        for (size_t first = 0; first < group.copied.size(); first += n) {
+        for (size_t first = 0; first < group.copied.size(); first += kCellsBetweenLooks) {
             if (poll) {
                 poll();
             }
-            const auto begin = group.copied.begin() + first;
-            const std::vector<uint32_t> some(begin, begin + std::min(n, group.copied.size() - first));
-            cell_data.get(some, group.bytes.data() + first * cell_data.bytes());
+            const size_t last = std::min(first + kCellsBetweenLooks, group.copied.size());
+            cell_data.get({group.copied.begin() + first, group.copied.begin() + last},
+                          group.bytes.data() + first * cell_data.bytes());
         }
     }
 
