@@ -180,12 +180,20 @@ cdef class Model:
 
     # -- text
 
-    def tokenize(self, text, add_special=True, parse_special=False):
+    def tokenize(self, text, add_special=True, parse_special=False, token=None):
         """The token ids of a text (str, or bytes of UTF-8), int32 of shape (n,).
 
         Args:
             add_special: Add the BOS and EOS tokens that the model wants.
             parse_special: Read "<|eot_id|>" and the like as tokens, not as text.
+            token: Cancels it.
+
+        Raises:
+            DecodeCancelled: If `token` was cancelled.
+            KeyboardInterrupt: On Ctrl-C in the main thread.
+            ValueError: If the vocabulary cannot express the text; or if the text has a run of some 10,000 letters,
+                digits, signs or spaces that a pattern of the vocabulary takes as one: it is matched with as much
+                stack as the run is long, and a thread has only so much.
         """
         self._check_open()
         if not isinstance(text, (str, bytes, bytearray, memoryview)):
@@ -198,8 +206,12 @@ cdef class Model:
         if data.size() > <size_t> 2**30:
             raise ValueError(f"the text has {data.size()} bytes; at most 2**30 can be tokenized at once")
         cdef shared_ptr[ModelBox] box = self.box
+        cdef Call call = Call(state_of(token))
+        cdef Interrupt interrupt = watch_signals(call)
         with nogil:
-            status = box.get().tokenize(data, special, parse, tokens, message)
+            status = box.get().tokenize(data, special, parse, call, tokens, message)
+        if status == Status.Cancelled:
+            raise_cancelled("tokenize", call, interrupt)
         if status != Status.Done:
             raise ValueError(f"the text cannot be tokenized: {text_of(message)}")
         result = np.empty(tokens.size(), np.int32)

@@ -32,6 +32,8 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
         result = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, not {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be {low} to {high}, not an integer that large") from None
     if not (math.isfinite(result) and low <= result <= high):
         raise ValueError(f"{name} must be {low} to {high}, not {result}")
     return result

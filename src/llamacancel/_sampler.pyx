@@ -8,13 +8,15 @@ from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from ._cancel cimport state_of
 from ._context cimport Context
-from ._lib.box cimport ModelBox, accept, grammar, sample
+from ._lib.box cimport Call, ModelBox, Status, accept, grammar, reset, sample
 from ._lib.llama cimport *
-from ._llama cimport drain_log
+from ._llama cimport drain_log, raise_cancelled, text_of
 from ._model cimport Model
 
 from . import _params
+from .errors import ContextBusyError
 
 cdef extern from "schema.hpp" namespace "llamacancel" nogil:
     string native_json_schema_to_grammar "llamacancel::json_schema_to_grammar" (const string & schema) except +
@@ -27,6 +29,7 @@ cdef class Sampler:
 
     A sampler has a state (random numbers, penalties, grammar) and so belongs to one generation: use `clone()`
     for another, or `reset()` between two. It binds itself to the vocabulary of the first model it is used with.
+    One thread uses it at a time; a second one gets a `ContextBusyError`.
 
     Args:
         temperature: 0 or less: always the most likely token.
@@ -44,12 +47,14 @@ cdef class Sampler:
         model: Binds the sampler at once, so that a bad grammar is told here and not at its first use.
 
     Raises:
-        TypeError, ValueError: If an argument is none that it can be, or the grammar cannot be parsed.
+        TypeError, ValueError: If an argument is none that it can be, or the grammar cannot be parsed, begins with
+            itself (left recursion), or is too ambiguous.
     """
     cdef object __weakref__
     cdef llama_sampler * chain       # null until bound to a model
     cdef shared_ptr[ModelBox] box    # the model whose vocabulary the chain refers to
     cdef dict options
+    cdef bint busy                   # a thread is using the chain, perhaps without the GIL; set and cleared with it
 
     def __init__(self, *, temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, typical_p=1.0, top_n_sigma=-1.0, min_keep=1,
                  dynatemp_range=0.0, dynatemp_exponent=1.0, repeat_penalty=1.0, frequency_penalty=0.0,
@@ -88,34 +93,44 @@ cdef class Sampler:
             "grammar_root": _no_zero("grammar_root", grammar_root),
         }
         if model is not None:
-            self._bind(model)
+            self._bind_model(model)
 
     def __dealloc__(self):
         if self.chain != NULL:
             llama_sampler_free(self.chain)
 
-    cdef int _bind(self, Model model) except -1:
-        """Builds the chain for the model's vocabulary, once."""
+    cdef int _enter(self, str what) except -1:
+        """Claims the chain for a call of this thread, which then sets `busy` back."""
+        if self.busy:
+            raise ContextBusyError(f"{what}: another thread is using the sampler; give each generation a clone() of it")
+        self.busy = True
+        return 0
+
+    cdef int _bind_model(self, Model model) except -1:
         model._check_open()
+        return self._bind(model.box)
+
+    cdef int _bind(self, const shared_ptr[ModelBox] & box) except -1:
+        """Builds the chain for a model's vocabulary, once."""
         if self.chain != NULL:
-            if self.box != model.box:
+            if self.box != box:
                 raise ValueError("the sampler is bound to another model's vocabulary; make one for this model")
             return 0
+        cdef shared_ptr[ModelBox] held = box
         cdef llama_sampler_chain_params params = llama_sampler_chain_default_params()
         cdef llama_sampler * chain = llama_sampler_chain_init(params)
         try:
-            self._fill(chain, model)
+            self._fill(chain, held.get().vocab())
         except BaseException:
             llama_sampler_free(chain)
             raise
         finally:
             drain_log()
         self.chain = chain
-        self.box = model.box
+        self.box = held
         return 0
 
-    cdef int _fill(self, llama_sampler * chain, Model model) except -1:
-        cdef const llama_vocab * vocab = model._vocab()
+    cdef int _fill(self, llama_sampler * chain, const llama_vocab * vocab) except -1:
         cdef int32_t n_vocab = llama_vocab_n_tokens(vocab)
         o = self.options
         cdef uint32_t seed = _RANDOM_SEED if o["seed"] is None else o["seed"]
@@ -123,6 +138,10 @@ cdef class Sampler:
         cdef vector[llama_logit_bias] biases
         cdef llama_logit_bias bias
         cdef vector[const char *] breakers
+        cdef string text, root, message
+        cdef llama_sampler * part
+        cdef float dry_multiplier = o["dry_multiplier"], dry_base = o["dry_base"]
+        cdef int32_t dry_allowed_length = o["dry_allowed_length"], dry_penalty_last_n = o["dry_penalty_last_n"]
 
         if o["logit_bias"]:
             for token, value in o["logit_bias"].items():
@@ -133,16 +152,22 @@ cdef class Sampler:
                 biases.push_back(bias)
             llama_sampler_chain_add(chain, llama_sampler_init_logit_bias(n_vocab, biases.size(), biases.data()))
         if o["grammar"] is not None:
-            llama_sampler_chain_add(chain, grammar(vocab, o["grammar"].encode(), o["grammar_root"].encode()))
+            text, root = o["grammar"].encode(), o["grammar_root"].encode()
+            with nogil:
+                part = grammar(vocab, text, root, message)
+            if part == NULL:
+                raise ValueError(text_of(message))
+            llama_sampler_chain_add(chain, part)
         if o["penalty_last_n"] and (o["repeat_penalty"] != 1 or o["frequency_penalty"] or o["presence_penalty"]):
             llama_sampler_chain_add(chain, llama_sampler_init_penalties(
                 n_vocab, o["penalty_last_n"], o["repeat_penalty"], o["frequency_penalty"], o["presence_penalty"]))
         if o["dry_multiplier"] > 0:
-            for text in o["dry_breakers"]:
-                breakers.push_back(text)
-            llama_sampler_chain_add(chain, llama_sampler_init_dry(
-                vocab, o["dry_multiplier"], o["dry_base"], o["dry_allowed_length"], o["dry_penalty_last_n"],
-                breakers.data(), breakers.size()))
+            for breaker in o["dry_breakers"]:
+                breakers.push_back(breaker)
+            with nogil:
+                part = llama_sampler_init_dry(vocab, dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n,
+                                              breakers.data(), breakers.size())
+            llama_sampler_chain_add(chain, part)
         if o["temperature"] <= 0:
             llama_sampler_chain_add(chain, llama_sampler_init_greedy())
             return 0
@@ -175,57 +200,102 @@ cdef class Sampler:
             o["temperature"], o["dynatemp_range"], o["dynatemp_exponent"]))
         return 0
 
-    def sample(self, Context ctx not None, i=-1):
+    def sample(self, Context ctx not None, i=-1, token=None):
         """Choose a token from an output of the context's last batch, and remember it.
 
         Args:
             ctx: The context.
             i: The row of the batch, or negative from the last output.
+            token: A `CancelToken` under which to wait for the context, and that stops a grammar which takes long. An
+                already cancelled token starts no work.
 
         Raises:
+            DecodeCancelled: If `token` was cancelled; nothing was chosen.
+            ContextBusyError: If another thread uses the sampler, or the context and there is no token to wait under.
             IndexError: If the row has no logits.
-            ValueError: If no token is left to choose.
+            ValueError: If the logits are not numbers, no token is left to choose, or the grammar is so ambiguous that
+                the next token cannot be told in reasonable time.
         """
         cdef int32_t row = _params.integer("i", i, -2**31, 2**31 - 1)
-        cdef llama_token token
+        cdef Call call = Call(state_of(token))
+        cdef llama_token chosen = -1
         cdef const float * logits
         cdef int32_t n_vocab
-        ctx._acquire(NULL, None, "sample")
+        cdef string message
+        cdef Status status
+        ctx._acquire(&call, None, "sample")
         try:
-            self._bind(ctx.model)
-            logits = ctx._logits_of(row)
-            n_vocab = ctx.box.get().outputs().n_vocab
-            with nogil:
-                token = sample(self.chain, logits, n_vocab)
-        except RuntimeError as error:
-            raise ValueError(str(error)) from None
+            self._enter("sample")
+            try:
+                self._bind(ctx.box.get().model())
+                logits = ctx._logits_of(row)
+                n_vocab = ctx.box.get().outputs().n_vocab
+                with nogil:
+                    status = sample(self.chain, logits, n_vocab, call, chosen, message)
+            finally:
+                self.busy = False
         finally:
             ctx.box.get().release()
-        return token
+        if status == Status.Cancelled:
+            raise_cancelled("sample", call, None)
+        if status != Status.Done:
+            raise ValueError(text_of(message))
+        return chosen
 
     def accept(self, token, *, model=None):
-        """Tell the chain of a token that was chosen elsewhere (a prompt's, say), for penalties and grammar."""
-        if model is not None:
-            self._bind(model)
-        if self.chain == NULL:
-            raise ValueError("the sampler is bound to no model yet: pass model=")
+        """Tell the chain of a token that was chosen elsewhere (a prompt's, say), for penalties and grammar.
+
+        Raises:
+            ContextBusyError: If another thread uses the sampler.
+            ValueError: If the sampler is bound to no model, or the grammar does not allow the token.
+        """
+        cdef llama_token chosen
+        cdef string message
+        cdef Status status
+        self._enter("accept")
         try:
-            accept(self.chain, _params.integer("token", token, 0, llama_vocab_n_tokens(self.box.get().vocab()) - 1))
-        except RuntimeError as error:
-            raise ValueError(f"the token is not accepted: {error}") from None
+            if model is not None:
+                self._bind_model(model)
+            if self.chain == NULL:
+                raise ValueError("the sampler is bound to no model yet: pass model=")
+            chosen = _params.integer("token", token, 0, llama_vocab_n_tokens(self.box.get().vocab()) - 1)
+            with nogil:
+                status = accept(self.chain, chosen, message)
+        finally:
+            self.busy = False
+        if status != Status.Done:
+            raise ValueError(f"the token is not accepted: {text_of(message)}")
 
     def reset(self):
-        """Forget what was chosen; the random numbers begin again."""
-        if self.chain != NULL:
-            llama_sampler_reset(self.chain)
+        """Forget what was chosen; the random numbers begin again.
+
+        Raises:
+            ContextBusyError: If another thread uses the sampler.
+        """
+        self._enter("reset")
+        try:
+            if self.chain != NULL:
+                with nogil:
+                    reset(self.chain)
+        finally:
+            self.busy = False
 
     def clone(self):
-        """A sampler with the same options and a copy of the state."""
+        """A sampler with the same options and a copy of the state.
+
+        Raises:
+            ContextBusyError: If another thread uses the sampler.
+        """
         cdef Sampler other = Sampler.__new__(Sampler)
         other.options = self.options
-        if self.chain != NULL:
-            other.chain = llama_sampler_clone(self.chain)
-            other.box = self.box
+        self._enter("clone")
+        try:
+            if self.chain != NULL:
+                with nogil:
+                    other.chain = llama_sampler_clone(self.chain)
+                other.box = self.box
+        finally:
+            self.busy = False
         return other
 
     def __repr__(self):
@@ -244,8 +314,7 @@ def json_schema_to_grammar(schema):
     """
     if isinstance(schema, (str, bytes, bytearray)):
         schema = json.loads(schema)
-    if _depth(schema) > _DEEPEST_SCHEMA:
-        raise ValueError(f"the schema is nested deeper than {_DEEPEST_SCHEMA} levels")
+    _check_size(schema)
     cdef string text = json.dumps(schema).encode()
     cdef string grammar
     try:
@@ -259,17 +328,32 @@ def json_schema_to_grammar(schema):
 
 
 cdef int _DEEPEST_SCHEMA = 100
+cdef int _LARGEST_SCHEMA = 1_000_000  # values in it
 
 
-def _depth(value, int level=0):
-    if level > _DEEPEST_SCHEMA or not isinstance(value, (dict, list, tuple)):
-        return level
-    parts = value.values() if isinstance(value, dict) else value
-    return max((_depth(part, level + 1) for part in parts), default=level)
+def _check_size(schema):
+    """Refuses what is nested too deep, within itself above all, or too large when it is written out."""
+    values = [(schema, 0)]
+    cdef int n = 0
+    while values:
+        value, level = values.pop()
+        n += 1
+        if level > _DEEPEST_SCHEMA:
+            raise ValueError(f"the schema is nested deeper than {_DEEPEST_SCHEMA} levels")
+        if n > _LARGEST_SCHEMA:
+            raise ValueError(f"the schema has more than {_LARGEST_SCHEMA} values")
+        if isinstance(value, dict):
+            values.extend([(part, level + 1) for part in value.values()])
+        elif isinstance(value, (list, tuple)):
+            values.extend([(part, level + 1) for part in value])
 
 
 cdef double _bias(value) except? -1e300:
-    cdef double number = float(value)
+    cdef double number
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError("logit_bias: a bias must be a number that a float can hold") from None
     if number != number:
         raise ValueError("logit_bias: a bias must not be NaN")
     return number

@@ -291,7 +291,10 @@ class Engine:
         logprobs: int | None = None,
         request_id: str | None = None,
     ) -> Generation:
-        """Queue a prompt to be continued, or refuse it at once. As `lc.Engine.submit`."""
+        """Queue a prompt to be continued, or refuse it at once. As `lc.Engine.submit`.
+
+        A text is turned into tokens at once, while the event loop waits: do that in a thread for a very long one.
+        """
         return Generation(
             self._engine.submit(
                 prompt,

@@ -34,6 +34,7 @@ __all__ = ["Engine"]
 
 _INT32 = 2**31 - 1
 _CTX_EACH = 4096  # cells for a slot if nobody says how many
+_LONG = 4096  # characters of a prompt from which on it is turned into tokens under the request's own token
 
 
 class Engine:
@@ -193,13 +194,15 @@ class Engine:
         Raises:
             QueueFullError: If as many wait as may.
             ClosedError: If the engine is closed.
+            DecodeCancelled: If `token` was cancelled, or the time over, while a long text was turned into tokens.
             InvalidBatchError: If the prompt is empty or longer than the context.
             TypeError, ValueError: If an argument is none that it can be.
         """
         self._check_open()
         if not self._generates:
             raise ValueError(f"{self._model!r} does not generate: it is an encoder")
-        tokens = self._tokens_of(prompt)
+        own = _token_of(token, timeout)
+        tokens = self._tokens_of(prompt, own)
         if len(tokens) >= self._n_ctx:
             raise InvalidBatchError(f"the prompt has {len(tokens)} tokens, and the context has room for {self._n_ctx}")
         if max_tokens is not None:
@@ -220,7 +223,7 @@ class Engine:
             stop_tokens=frozenset(integer("a stop token", each, 0, _INT32) for each in stop_tokens),
             logprobs=logprobs,
         )
-        return cast(Generation, self._accept(make, token, timeout))
+        return cast(Generation, self._accept(make, own))
 
     def embed(
         self,
@@ -235,7 +238,8 @@ class Engine:
         self._check_open()
         if not self._embeds:
             raise ValueError(f"{self._model!r} gives no embeddings: it is an encoder with a decoder")
-        tokens = self._tokens_of(prompt)
+        own = _token_of(token, timeout)
+        tokens = self._tokens_of(prompt, own)
         if len(tokens) > self._embed_most:
             raise InvalidBatchError(
                 f"the text has {len(tokens)} tokens, and {self._embed_most} can be embedded at once"
@@ -243,7 +247,7 @@ class Engine:
         request = Request(
             _id_of(request_id), tokens, kind="embedding", priority=integer("priority", priority, -_INT32, _INT32)
         )
-        return cast(Embedding, self._accept(functools.partial(Embedding, request), token, timeout))
+        return cast(Embedding, self._accept(functools.partial(Embedding, request), own))
 
     def cancel(self, request_id: str, reason: str = "") -> bool:
         """Cancel an unfinished request by its id. False if there is none."""
@@ -338,16 +342,12 @@ class Engine:
 
     # -- inside
 
-    def _accept(self, make: Callable[[CancelToken], Work], token: CancelToken | None, timeout: float | None) -> Work:
-        def with_token(engine: CancelToken) -> Work:
-            above = engine if token is None else CancelToken.any_of(token, engine)
-            return make(above.child(timeout=timeout))
+    def _accept(self, make: Callable[[CancelToken], Work], token: CancelToken) -> Work:
+        return self._core.submit(lambda engine: make(CancelToken.any_of(token, engine)))
 
-        return self._core.submit(with_token)
-
-    def _tokens_of(self, prompt: str | ArrayLike) -> list[int]:
+    def _tokens_of(self, prompt: str | ArrayLike, token: CancelToken) -> list[int]:
         if isinstance(prompt, str):
-            tokens = self._model.tokenize(prompt)
+            tokens = self._model.tokenize(prompt, token=token if len(prompt) >= _LONG else None)
         else:
             tokens = np.asarray(prompt)
             if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
@@ -368,6 +368,11 @@ class Engine:
             raise ClosedError(
                 f"the engine belongs to process {self._pid}, from which this one was forked: make a new one"
             )
+
+
+def _token_of(above: CancelToken | None, timeout: float | None) -> CancelToken:
+    """A request's own token: a deadline for all of it, and what the caller's token says."""
+    return CancelToken(timeout=timeout) if above is None else CancelToken.any_of(above).child(timeout=timeout)
 
 
 def _id_of(request_id: str | None) -> str:

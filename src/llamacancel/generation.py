@@ -188,7 +188,7 @@ class Generation(Work):
 
     def _choose(self, context: Context, row: int) -> tuple[int, bool]:
         """Samples a token from an output row; tells whether it ends the text."""
-        token = self._sampler.sample(context, row)
+        token = self._sampler.sample(context, row, self._token)
         text, name, is_end = self._vocabulary[token]
         if is_end or token in self._stop_tokens:
             return token, True

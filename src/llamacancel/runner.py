@@ -246,6 +246,8 @@ class Runner:
                 continue
             try:
                 token, stops = work._choose(self.context, row)
+            except DecodeCancelled:
+                outcome.cancelled[request.id] = ending_of(work._token)
             except Exception as error:
                 outcome.failed[request.id] = error
             else:

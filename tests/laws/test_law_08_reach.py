@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import llamacancel as lc
+from llamacancel.make_model import find_vocab
 from tests.conftest import GENERATIVE, TEXT
 from tests.device import CONTEXT, load
 
@@ -54,6 +55,37 @@ def cancelled_throughout(call: Call, check: Callable[[], object] = lambda: None)
         call(token)
     assert caught.value.cause is lc.Cause.CLIENT
     check()
+
+
+# ---- text ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert-bge", "gpt-neox", "llama-bpe", "llama-spm", "qwen2"])
+def test_a_text_is_not_tokenized_to_its_end_by_a_cancelled_call(name: str) -> None:
+    text = TEXT * 100
+    with lc.Model.load(find_vocab(name), vocab_only=True) as model:
+        whole = model.tokenize(text).tolist()
+        cancelled_throughout(lambda token: model.tokenize(text, token=token))
+        assert model.tokenize(text, token=far()).tolist() == whole
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------
+
+
+def test_a_grammar_is_followed_under_a_token_and_a_cancelled_sample_chooses_nothing(new_context: NewContext) -> None:
+    rules = [f"a{i} ::= a{i + 1} a{i + 1}" for i in range(6)]
+    grammar = "\n".join(["root ::= a0", *rules, 'a6 ::= "x"?'])  # it can be read in many ways, which takes long
+    ctx = new_context("llama")
+    decode(ctx, batch((tokens(8), 0, 0)))
+    options: dict[str, Any] = {"temperature": 2.0, "top_k": 0, "seed": 1, "grammar": grammar, "model": ctx.model}
+    sampler, alone = lc.Sampler(**options), lc.Sampler(**options)
+    with pytest.raises(lc.DecodeCancelled):
+        sampler.sample(ctx, token=dead())
+    whole = readings_of(lambda: alone.clone().sample(ctx, token=far()))
+    for share in (0.05, 0.2):  # of the time in which the grammar says what may follow
+        with deadline_at(max(1, int(share * whole))), pytest.raises(lc.DeadlineExceeded):
+            sampler.sample(ctx, token=far())
+    assert [sampler.sample(ctx, token=far()) for _ in range(3)] == [alone.sample(ctx) for _ in range(3)]
 
 
 # ---- load ------------------------------------------------------------------------------------------------------

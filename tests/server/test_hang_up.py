@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 import threading
@@ -11,7 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
+import llamacancel as lc
+from llamacancel.server.errors import ApiError
+from llamacancel.server.prompts import LONG, under_token
 from llamacancel.views import RequestView
 
 from .served import (
@@ -258,3 +263,19 @@ def test_gives_the_slot_to_the_next_in_line(served: Served, known_text: KnownTex
         assert asking.text() == expected
         quitters[1].close()
     assert served.wait_finished(names[0]).finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize(("gone", "timeout", "status"), [(True, None, 499), (False, 0.05, 408)])
+def test_while_a_long_text_is_turned_into_tokens(gone: bool, timeout: float | None, status: int) -> None:
+    async def receive() -> dict[str, Any]:
+        if not gone:
+            await asyncio.sleep(PATIENCE)
+        return {"type": "http.disconnect"}
+
+    def work(token: lc.CancelToken) -> None:
+        assert token.wait(PATIENCE)
+        token.raise_if_cancelled()
+
+    with pytest.raises(ApiError) as told:
+        asyncio.run(under_token(Request({"type": "http"}, receive), timeout, LONG, work))
+    assert told.value.status == status

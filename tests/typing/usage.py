@@ -28,7 +28,7 @@ def tokens() -> None:
 def models(path: Path, token: lc.CancelToken) -> None:
     with lc.Model.load(path, n_gpu_layers=-1, progress=lambda share: share < 1, token=token) as model:
         assert_type(model, lc.Model)
-        assert_type(model.tokenize("text", parse_special=True), NDArray[np.int32])
+        assert_type(model.tokenize("text", parse_special=True, token=lc.CancelToken()), NDArray[np.int32])
         assert_type(model.detokenize([1, 2]), str)
         assert_type(model.token_to_piece(1), bytes)
         assert_type(model.is_eog(1), bool)
@@ -92,7 +92,7 @@ def library() -> None:
 
 def samplers(ctx: lc.Context) -> None:
     sampler = lc.Sampler(temperature=0.5, logit_bias={1: float("-inf")}, mirostat=2, seed=1)
-    assert_type(sampler.sample(ctx, 0), int)
+    assert_type(sampler.sample(ctx, 0, lc.CancelToken(timeout=1)), int)
     assert_type(sampler.clone(), lc.Sampler)
     sampler.accept(1, model=ctx.model)
     lc.Sampler(0.5)  # type: ignore[call-arg]

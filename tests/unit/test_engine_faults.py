@@ -22,6 +22,7 @@ from tests.unit.engines import (
     model,
     same_answer,
 )
+from tests.unit.grammars import ambiguous
 
 Decide = Callable[[list[int], int], Exception | None]
 """Of the sequences in a batch and the number of the call: what the call raises, if it fails."""
@@ -254,3 +255,54 @@ def test_a_cancel_beside_a_failing_step_still_ends_as_a_cancel(failing: Callable
     assert cancelled.is_set()
     assert held[0].finish_reason == "cancelled"
     assert same_answer("llama", other, answer("llama", ids(20, 1), 4))
+
+
+def test_a_request_whose_grammar_becomes_too_ambiguous_ends_alone() -> None:
+    prompts = [ids(40, seed) for seed in range(3)]
+    grammar = 'root ::= "y" a0\n' + ambiguous(9).partition("\n")[2]
+    samplers = [greedy(), lc.Sampler(grammar=grammar, temperature=0), greedy()]
+    with engine("llama", slots=3) as e:
+        with Gate(e):
+            generations = [
+                e.submit(each, max_tokens=8, sampler=sampler, logprobs=2)
+                for each, sampler in zip(prompts, samplers, strict=True)
+            ]
+        with pytest.raises(ValueError, match="too ambiguous"):
+            generations[1].result(60)
+        for i in (0, 2):
+            generations[i].result(60)
+            assert same_answer("llama", generations[i], answer("llama", prompts[i], 8))
+        assert generations[1].finish_reason == "error"
+        assert idle_slots(e) == 3
+
+
+def test_a_request_cancelled_while_its_token_is_chosen_ends_as_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [ids(40, seed) for seed in range(2)]
+    with engine("llama", slots=2) as e:
+        with Gate(e):
+            generations = [e.submit(each, max_tokens=8, sampler=greedy(), logprobs=2) for each in prompts]
+            choose = generations[1]._choose
+
+            def cancelled_meanwhile(context: lc.Context, row: int) -> tuple[int, bool]:
+                generations[1].cancel("changed my mind")
+                return choose(context, row)
+
+            monkeypatch.setattr(generations[1], "_choose", cancelled_meanwhile)
+        with pytest.raises(lc.DecodeCancelled, match="changed my mind"):
+            generations[1].result(60)
+        generations[0].result(60)
+        assert same_answer("llama", generations[0], answer("llama", prompts[0], 8))
+        assert generations[1].finish_reason == "cancelled"
+        assert not generations[1].tokens
+        assert idle_slots(e) == 2
+
+
+def test_a_long_prompt_is_tokenized_under_the_requests_token() -> None:
+    token = lc.CancelToken()
+    token.cancel("gone")
+    with engine("llama", slots=1) as e:
+        with pytest.raises(lc.DecodeCancelled, match="gone"):
+            e.submit("word " * 2000, token=token)
+        with pytest.raises(lc.DeadlineExceeded):
+            e.submit("word " * 1_000_000, timeout=1e-3)
+        assert idle_slots(e) == 1

@@ -241,6 +241,19 @@ def test_choosing_leaves_the_logits_as_they_were(ctx: lc.Context) -> None:
     assert ctx.logits().tobytes() == before
 
 
+def test_logits_that_are_no_numbers_are_not_sampled(model_of: LoadedModel, new_context: NewContext) -> None:
+    model, context = model_of("llama"), new_context("llama")
+    rows = lc.Batch(1, n_embd=model.n_embd)
+    rows.add(np.zeros(model.n_embd, np.float32), 0, 0, logits=True)
+    assert rows._embd is not None
+    rows._embd[:] = math.nan  # as a model with such weights would compute it
+    context.decode(rows)
+    assert np.isnan(context.logits()).any()
+    for temperature in (0, 1.0):
+        with pytest.raises(ValueError, match="not numbers"):
+            lc.Sampler(temperature=temperature, seed=1).sample(context)
+
+
 def test_the_sampler_says_what_it_is() -> None:
     assert repr(lc.Sampler(temperature=0.5, seed=3)) == "<Sampler temperature=0.5 seed=3>"
 

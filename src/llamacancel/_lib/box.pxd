@@ -154,8 +154,8 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         bool causal() noexcept
         MemoryKind memory_kind() noexcept
         GapCost gap_cost(int32_t n_threads) except +
-        Status tokenize(const string & text, bool add_special, bool parse_special, vector[llama_token] & tokens,
-                        string & message) except +
+        Status tokenize(const string & text, bool add_special, bool parse_special, Call & call,
+                        vector[llama_token] & tokens, string & message) except +
         Status detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special,
                           string & text, string & message) except +
         string piece(llama_token token, bool special) except +
@@ -185,6 +185,7 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         const NativeMemory & memory() noexcept
         const Cut & cut() noexcept
         const Outputs & outputs() noexcept
+        const shared_ptr[ModelBox] & model() noexcept
         const cppset[llama_seq_id] & dirty() noexcept
         bool pooled() noexcept
         const shared_ptr[ModelBox] & model() noexcept
@@ -205,6 +206,9 @@ cdef extern from "rpc.hpp" namespace "llamacancel" nogil:
 
 
 cdef extern from "sampler.hpp" namespace "llamacancel" nogil:
-    llama_token sample(llama_sampler * chain, const float * logits, int32_t n_vocab) except +
-    void accept(llama_sampler * chain, llama_token token) except +
-    llama_sampler * grammar(const llama_vocab * vocab, const string & text, const string & root) except +
+    Status sample(llama_sampler * chain, const float * logits, int32_t n_vocab, Call & call, llama_token & token,
+                  string & message) except +
+    Status accept(llama_sampler * chain, llama_token token, string & message) except +
+    void reset(llama_sampler * chain) except +
+    llama_sampler * grammar(const llama_vocab * vocab, const string & text, const string & root,
+                            string & message) except +

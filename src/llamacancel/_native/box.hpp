@@ -53,8 +53,8 @@ public:
     bool causal() const noexcept;  // false for encoders, whose batches are computed in one piece
 
     // Tokens of `text`, or the text of tokens; Status::Failed with a message where the vocabulary cannot.
-    Status tokenize(const std::string & text, bool add_special, bool parse_special, std::vector<llama_token> & tokens,
-                    std::string & message) const;
+    Status tokenize(const std::string & text, bool add_special, bool parse_special, Call & call,
+                    std::vector<llama_token> & tokens, std::string & message) const;
     Status detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special,
                       std::string & text, std::string & message) const;
     std::string piece(llama_token token, bool special) const;

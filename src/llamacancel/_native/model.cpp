@@ -13,6 +13,7 @@
 #include "llama-context.h"
 #include "llama-graph.h"
 #include "llama-model.h"
+#include "steps.hpp"
 
 namespace llamacancel {
 
@@ -456,11 +457,10 @@ int32_t ModelBox::max_positions() const noexcept {
 
 bool ModelBox::causal() const noexcept { return model_->hparams.causal_attn; }
 
-Status ModelBox::tokenize(const std::string & text, bool add_special, bool parse_special,
+Status ModelBox::tokenize(const std::string & text, bool add_special, bool parse_special, Call & call,
                           std::vector<llama_token> & tokens, std::string & message) const {
-    const InFlight in_flight;
     try {
-        AssertionGuard guard;
+        const CountedSteps counted(call);
         tokens.resize(text.size() + 2);
         int32_t n =
             llama_tokenize(vocab(), text.data(), text.size(), tokens.data(), tokens.size(), add_special, parse_special);
@@ -471,6 +471,11 @@ Status ModelBox::tokenize(const std::string & text, bool add_special, bool parse
         }
         tokens.resize(std::max(n, 0));
         return Status::Done;
+    } catch (const Stopped &) {
+        return Status::Cancelled;
+    } catch (const StackTooSmall &) {
+        message = "a run of characters that the vocabulary's pattern takes as one is too long for this thread's stack";
+        return Status::Invalid;
     } catch (const std::exception & error) {
         message = error.what();
         return Status::Failed;

@@ -7,12 +7,16 @@
 
 namespace llamacancel {
 
-// Applies the chain to a row of logits, draws a token and tells the chain of it. Throws std::runtime_error
-// where no token is left to draw, or where an assertion of llama.cpp fails.
-llama_token sample(llama_sampler * chain, const float * logits, int32_t n_vocab);
-void accept(llama_sampler * chain, llama_token token);
+// Applies the chain to a row of logits, draws a token and tells the chain of it. Status::Invalid with a message where
+// the logits are no numbers, where no token is left to draw, where the grammar is too ambiguous, or where an assertion
+// of llama.cpp fails. Status::Cancelled leaves the chain as it was.
+Status sample(llama_sampler * chain, const float * logits, int32_t n_vocab, Call & call, llama_token & token,
+              std::string & message);
+Status accept(llama_sampler * chain, llama_token token, std::string & message);
+void reset(llama_sampler * chain);
 
-// A GBNF grammar's sampler. Throws std::invalid_argument with llama.cpp's own words for a bad grammar.
-llama_sampler * grammar(const llama_vocab * vocab, const std::string & text, const std::string & root);
+// A GBNF grammar's sampler; null with a message for a bad grammar.
+llama_sampler * grammar(const llama_vocab * vocab, const std::string & text, const std::string & root,
+                        std::string & message);
 
 }  // namespace llamacancel

@@ -11,12 +11,13 @@ import anyio.to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from .._cancel import CancelToken
 from ..generation import Piece, TokenInfo
 from . import answers
 from .answer import Choice, GenerationResponse, Job
 from .errors import ApiError
 from .logprobs import chat_logprobs
-from .prompts import check_room, in_thread_if_long, make_samplers
+from .prompts import check_room, make_samplers, under_token
 from .schemas import ChatBody, JsonSchemaFormat, Message, NamedTool, TextPart
 from .service import Service, TimeoutHeader
 from .sse import event
@@ -45,7 +46,7 @@ async def create_chat_completion(
     """Answer messages through the model's chat template. A client that hangs up cancels the answer."""
     service: Service = request.app.state.service
     timeout = service.timeout(body.timeout, x_request_timeout)
-    prompt = await _prompt(service, body)
+    prompt = await _prompt(request, service, body, timeout)
     count = body.n or 1
     check_room(service.engine, [prompt], count)
     grammar, root = await _grammar(body)
@@ -67,18 +68,18 @@ async def create_chat_completion(
     return GenerationResponse(service, request.state.request_id, job, form, stream=bool(body.stream))
 
 
-async def _prompt(service: Service, body: ChatBody) -> list[int]:
+async def _prompt(request: Request, service: Service, body: ChatBody, timeout: float | None) -> list[int]:
     """The messages as tokens."""
     template = service.template
     messages = [_template_message(message, template.knows_developer) for message in body.messages]
     tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
 
-    def make() -> list[int]:
+    def make(token: CancelToken) -> list[int]:
         text = template.render(messages, tools=tools or None, variables=body.chat_template_kwargs)
-        return chat_tokens(service.model, text)
+        return chat_tokens(service.model, text, token)
 
     try:
-        return await in_thread_if_long(sum(len(str(message["content"])) for message in messages), make)
+        return await under_token(request, timeout, sum(len(str(message["content"])) for message in messages), make)
     except TemplateFailed as error:
         raise ApiError(400, str(error), param="messages", code="chat_template_error") from error
     except ValueError as error:

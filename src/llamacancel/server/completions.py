@@ -42,7 +42,7 @@ async def create_completion(
     """Continue one or several prompts. A client that hangs up cancels them."""
     service: Service = request.app.state.service
     timeout = service.timeout(body.timeout, x_request_timeout)
-    prompts = await prompt_tokens(service.model, body.prompt, "prompt")
+    prompts = await prompt_tokens(request, service.model, body.prompt, "prompt", timeout)
     count = len(prompts) * (body.n or 1)
     check_room(service.engine, prompts, count)
     job = Job(

@@ -51,7 +51,7 @@ async def create_embeddings(
     timeout = service.timeout(body.timeout, x_request_timeout)
     if body.dimensions is not None and body.dimensions != service.model.n_embd:
         raise ApiError(400, f"this model's vectors have {service.model.n_embd} dimensions", param="dimensions")
-    prompts = await prompt_tokens(service.model, body.input, "input")
+    prompts = await prompt_tokens(request, service.model, body.input, "input", timeout)
     return _EmbeddingsResponse(
         service, request.state.request_id, prompts, timeout, as_base64=body.encoding_format == "base64"
     )

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request
 from starlette.responses import JSONResponse, Response
 
+from .._cancel import CancelToken
 from . import answers
 from .errors import ApiError
 from .events import EventsResponse
 from .metrics import CONTENT_TYPE
-from .prompts import in_thread_if_long
+from .prompts import in_thread_if_long, under_token
 from .schemas import DetokenizeBody, TokenizeBody
 from .service import Service
 from .snapshots import Snapshots
@@ -86,12 +87,15 @@ async def tokenize(request: Request, body: TokenizeBody) -> Response:
     """The tokens of a text."""
     model = _service(request).model
 
-    def work() -> dict[str, Any]:
-        tokens = model.tokenize(body.content, body.add_special, body.parse_special).tolist()
+    def work(token: CancelToken) -> dict[str, Any]:
+        try:
+            tokens = model.tokenize(body.content, body.add_special, body.parse_special, token).tolist()
+        except ValueError as error:
+            raise ApiError(400, str(error), param="content") from error
         pieces = [model.token_to_piece(token).decode("utf-8", "replace") for token in tokens]
         return {"tokens": tokens, "pieces": pieces if body.with_pieces else None}
 
-    return JSONResponse(await in_thread_if_long(len(body.content), work))
+    return JSONResponse(await under_token(request, None, len(body.content), work))
 
 
 @router.post("/detokenize", response_model=answers.Detokenized, responses=answers.ERRORS, tags=["tokens"])

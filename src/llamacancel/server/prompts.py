@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import anyio.to_thread
+from fastapi import Request
 
+from .._cancel import CancelToken
 from .._model import Model
 from .._sampler import Sampler
 from ..engine import Engine
-from .errors import ApiError
+from ..errors import DeadlineExceeded, DecodeCancelled
+from .disconnect import watched
+from .errors import NO_RETRY, ApiError
 from .schemas import GenerationBody, Prompt
 
-__all__ = ["check_room", "in_thread_if_long", "make_samplers", "prompt_tokens"]
+__all__ = ["check_room", "in_thread_if_long", "make_samplers", "prompt_tokens", "under_token"]
 
 LONG = 4096
 """Characters from which on text is worked on in a thread, so that other clients' streams do not wait for it."""
@@ -27,27 +31,57 @@ async def in_thread_if_long(size: int, work: Callable[[], _T]) -> _T:
     return work() if size < LONG else await anyio.to_thread.run_sync(work)
 
 
-async def prompt_tokens(model: Model, prompt: Prompt, param: str) -> list[list[int]]:
+async def under_token(request: Request, timeout: float | None, size: int, work: Callable[[CancelToken], _T]) -> _T:
+    """Do work on text of a size as `in_thread_if_long`, under a token that a client's hang-up cancels.
+
+    Args:
+        request: Whose client is watched meanwhile.
+        timeout: Seconds that the request has.
+        size: Characters of the text.
+        work: Takes the token.
+
+    Raises:
+        ApiError: 408, if the time was over; 499, if the client hung up.
+    """
+    if size < LONG:  # the engine tells what is over by then
+        return work(CancelToken())
+    token = CancelToken(timeout=timeout)
+    try:
+        async with watched(request.receive, lambda: token.cancel("the client hung up")):
+            return await anyio.to_thread.run_sync(work, token)
+    except DeadlineExceeded as error:
+        raise ApiError(
+            408, "the request's time was over before its text was read", code="deadline", headers=NO_RETRY
+        ) from error
+    except DecodeCancelled as error:
+        raise ApiError(499, f"the request was cancelled: {error.reason}", code="cancelled", headers=NO_RETRY) from error
+
+
+async def prompt_tokens(
+    request: Request, model: Model, prompt: Prompt, param: str, timeout: float | None
+) -> list[list[int]]:
     """The prompts of a body, which has them in a field `param`, as token ids.
 
     Text gets the special tokens that the model wants, a BOS only once, and its own special tokens are read as such.
 
     Raises:
-        ApiError: 400, if a prompt is empty, cannot be tokenized, or has tokens that the model does not know.
+        ApiError: 400, if a prompt is empty, cannot be tokenized, or has tokens that the model does not know; as
+            `under_token`.
     """
     given = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
-    def tokenize() -> list[list[int]]:
+    def tokenize(token: CancelToken) -> list[list[int]]:
         return [
-            _text_tokens(model, each, param) if isinstance(each, str) else _known(model, each, param) for each in given
+            _text_tokens(model, each, param, token) if isinstance(each, str) else _known(model, each, param)
+            for each in given
         ]
 
-    return await in_thread_if_long(sum(len(each) for each in given if isinstance(each, str)), tokenize)
+    return await under_token(request, timeout, sum(len(each) for each in given if isinstance(each, str)), tokenize)
 
 
-def _text_tokens(model: Model, text: str, param: str) -> list[int]:
+def _text_tokens(model: Model, text: str, param: str, token: CancelToken) -> list[int]:
     try:
-        tokens: list[int] = model.tokenize(text, add_special=True, parse_special=True).tolist()
+        tokens: list[int] = model.tokenize(text, add_special=True, parse_special=True, token=token).tolist()
     except ValueError as error:
         raise ApiError(400, str(error), param=param) from error
     if model.bos is not None and tokens[:2] == [model.bos, model.bos]:

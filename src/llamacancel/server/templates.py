@@ -13,6 +13,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from .._cancel import CancelToken
 from .._model import Model
 
 __all__ = ["CHATML", "ChatTemplate", "TemplateFailed", "chat_tokens"]
@@ -146,13 +147,14 @@ class ChatTemplate:
             raise TemplateFailed(f"the chat template cannot be rendered: {type(error).__name__}: {error}") from error
 
 
-def chat_tokens(model: Model, prompt: str) -> list[int]:
+def chat_tokens(model: Model, prompt: str, token: CancelToken | None = None) -> list[int]:
     """The tokens of a rendered prompt: with its special tokens, and one BOS where the model wants it.
 
     Raises:
+        DecodeCancelled: If the token was cancelled.
         ValueError: If the text cannot be tokenized.
     """
-    tokens: list[int] = model.tokenize(prompt, add_special=False, parse_special=True).tolist()
+    tokens: list[int] = model.tokenize(prompt, add_special=False, parse_special=True, token=token).tolist()
     if model.adds_bos and model.bos is not None and tokens[:1] != [model.bos]:
         tokens.insert(0, model.bos)
     return tokens

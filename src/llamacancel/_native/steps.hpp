@@ -1,0 +1,50 @@
+// Long loops of llama.cpp that its abort callback does not reach: those of tokenizers and grammars.
+//
+// With vendor/patches they count their steps, and ask here whether to go on. Without, they run to their end.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+
+#include "call.hpp"
+#include "guard.hpp"
+
+namespace llamacancel {
+
+// Thrown through llama.cpp when the call is to stop. No std::exception, which somebody on the way might catch.
+struct Stopped {};
+
+struct TooManySteps : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+struct StackTooSmall : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// While one of these lives, llama.cpp's loops on this thread throw Stopped once `call` is to stop, TooManySteps after
+// `most` steps, and StackTooSmall before a recursion ends the thread's stack. They do not nest.
+class CountedSteps {
+public:
+    static constexpr uint64_t kAny = UINT64_MAX;
+
+    explicit CountedSteps(Call & call, uint64_t most = kAny);
+    ~CountedSteps();
+    CountedSteps(const CountedSteps &) = delete;
+    CountedSteps & operator=(const CountedSteps &) = delete;
+
+private:
+    static void took(void * self, size_t n_steps);
+
+    const InFlight in_flight_;
+    const AssertionGuard guard_;
+    Call & call_;
+    const bool at_exit_;  // begun on the thread that ends the process, which is to finish
+    const uint64_t most_;
+    uint64_t steps_ = 0;
+    uint64_t next_look_ = 0;
+    const uintptr_t stack_at_;  // where the thread's stack stood
+};
+
+}  // namespace llamacancel
