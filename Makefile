@@ -24,7 +24,7 @@ help:           ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: build     ## set everything up and show what the library is for (MODEL=path.gguf for your own model)
-	$(PY) -m llamacancel demo $(if $(MODEL),--model $(MODEL))
+	$(PY) -m llamacancel demo $(if $(MODEL),--model '$(MODEL)')
 
 test: build test-native  ## set everything up and run all tests
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -43,12 +43,14 @@ target_link_libraries(llamacancel_llama INTERFACE llama)
 # The guarded decode reads llama.cpp's memory classes, which its public header does not declare.
 target_include_directories(llamacancel_llama SYSTEM INTERFACE ${llama_dir}/src)
 
-# With vendor/patches kernels look at the token inside a node, and other backends than the CPU between pieces of a graph.
-file(STRINGS ${llama_dir}/ggml/src/ggml-cpu/ggml-cpu-impl.h patched REGEX ggml_cpu_aborted)
-if(patched)
+# With vendor/patches kernels look at the token inside a node, other backends than the CPU between pieces of a graph, and
+# long loops while they work.
+file(STRINGS ${llama_dir}/ggml/src/ggml-cpu/ggml-cpu-impl.h first_patch REGEX ggml_cpu_aborted)
+file(STRINGS ${llama_dir}/src/llama-impl.h last_patch REGEX llama_took_steps)
+if(first_patch AND last_patch)
     target_compile_definitions(llamacancel_llama INTERFACE LLAMACANCEL_PATCHED)
 else()
-    message(STATUS "llamacancel: ${llama_dir} is without vendor/patches; a cancel waits for the end of a graph node, on a GPU of a ubatch")
+    message(STATUS "llamacancel: ${llama_dir} is without (all of) vendor/patches; a cancel waits for the end of a graph node, on a GPU of a ubatch")
 endif()
 
 # The converter from JSON schemas to grammars, of llama.cpp's `common`, without the rest of it.

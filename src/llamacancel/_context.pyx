@@ -10,11 +10,9 @@ cimport cython
 from libc.stddef cimport size_t
 from libc.stdint cimport int8_t, int32_t, uint32_t
 from libc.string cimport memcpy
-from libcpp cimport bool as cbool
 from libcpp.map cimport map as cppmap
 from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
-from libcpp.utility cimport move
 from libcpp.vector cimport vector
 from posix.unistd cimport getpid
 
@@ -22,7 +20,8 @@ from ._cancel cimport CancelToken, state_of
 from ._lib.box cimport *
 from ._lib.llama cimport *
 from ._lib.token cimport TokenState
-from ._llama cimport Interrupt, cause_of, check_forked, check_process, drain_log, raise_cancelled, text_of, watch_signals
+from ._llama cimport (
+    Interrupt, cause_of, check_forked, check_process, drain_log, raise_cancelled, text_of, watch_signals)
 from ._model cimport LoraAdapter, Model
 
 from . import _params
@@ -72,8 +71,11 @@ cdef class Context:
         swa_full: Keep all positions in a sliding-window cache, so that any can be removed again.
         rope_scaling, rope_freq_base, rope_freq_scale, yarn_ext_factor, yarn_attn_factor, yarn_beta_fast,
         yarn_beta_slow, yarn_orig_ctx, offload_kqv, op_offload, no_perf: As in llama.cpp.
+        token: Cancels the making: the measuring for `cancel_latency`, which a model's first context waits for, and the
+            clearing of the memory.
 
     Raises:
+        DecodeCancelled: If `token` was cancelled.
         ContextError: If llama.cpp cannot make such a context.
         TypeError, ValueError: If an argument is none that it can be.
     """
@@ -83,7 +85,7 @@ cdef class Context:
                  flash_attn="auto", type_k="f16", type_v="f16", swa_full=False, rope_scaling=None,
                  rope_freq_base=None, rope_freq_scale=None, yarn_ext_factor=None, yarn_attn_factor=None,
                  yarn_beta_fast=None, yarn_beta_slow=None, yarn_orig_ctx=None, offload_kqv=True, op_offload=True,
-                 no_perf=False, _n_pieces=None):
+                 no_perf=False, token=None, _n_pieces=None):
         if self.pid != 0:
             raise TypeError("a Context is made once")
         self.pid = getpid()
@@ -104,7 +106,8 @@ cdef class Context:
             # llama.cpp can pool only if n_ubatch is a multiple of the number of sequences.
             params.n_batch -= params.n_batch % params.n_seq_max
             if n_ubatch is not None and _params.integer("n_ubatch", n_ubatch, 1, 2**31 - 1) % n_seq_max:
-                raise ValueError(f"n_ubatch ({n_ubatch}) must be a multiple of n_seq_max ({n_seq_max}) for pooled embeddings")
+                raise ValueError(f"n_ubatch ({n_ubatch}) must be a multiple of n_seq_max ({n_seq_max}) for pooled "
+                                 "embeddings")
         threads = _params.default_threads() if n_threads is None else n_threads
         params.n_threads = _params.integer("n_threads", threads, 1, 512)
         params.n_threads_batch = (params.n_threads if n_threads_batch is None
@@ -144,11 +147,15 @@ cdef class Context:
         if cancel_latency is not None:
             target = _params.number("cancel_latency", cancel_latency, 1e-4, 3600)
 
+        cdef Call call = Call(state_of(token))
+        cdef Interrupt interrupt = watch_signals(call)
+        cdef Status status
         cdef Cut cut
         cdef uint32_t limit = min(params.n_batch, <uint32_t> _LARGEST_UBATCH)
         cdef GapCost cost
         # Encoders and pooling read a sequence in one piece, whatever that takes.
-        one_piece = model.memory_kind == "none" or not model_box.get().causal() or model.has_encoder or (embeddings and pooling != "none")
+        one_piece = (model.memory_kind == "none" or not model_box.get().causal() or model.has_encoder
+                     or (embeddings and pooling != "none"))
         if n_ubatch is not None:
             limit = min(_params.integer("n_ubatch", n_ubatch, 1, 2**31 - 1), params.n_batch)
         elif one_piece:
@@ -157,16 +164,21 @@ cdef class Context:
         on_cpu = model_box.get().on_cpu()
         if cancel_latency is not None and not (on_cpu and (one_piece or n_ubatch is not None)):
             with nogil:
-                cost = model_box.get().gap_cost(params.n_threads_batch)
+                status = model_box.get().gap_cost(params.n_threads_batch, call, cost)
+            drain_log()
+            if status == Status.Cancelled:
+                raise_cancelled("making a context", call, interrupt)
             cut = Cut.choose(target, cost, limit) if on_cpu else Cut.for_device(target, cost, limit)
         if _n_pieces is not None:  # a seam for tests: a CPU that is stopped between pieces of a graph only
             cut.n_pieces = _params.integer("_n_pieces", _n_pieces, 1, 2**31 - 1)
 
         cdef string message
         with nogil:
-            self.box = ContextBox.make(model_box, params, cut, message)
+            status = ContextBox.make(model_box, params, cut, call, self.box, message)
         drain_log()
-        if not self.box:
+        if status == Status.Cancelled:
+            raise_cancelled("making a context", call, interrupt)
+        if status != Status.Done:
             raise ContextError(f"cannot make a context: {text_of(message) or 'llama.cpp gave no reason'}")
         self.model = model
         self._lora = ()
@@ -227,7 +239,7 @@ cdef class Context:
         with nogil:
             status = box.get().acquire(call)
         if status == Status.Busy:
-            raise ContextBusyError(f"{what}: the context is in use; pass a token to wait under, or use a second context")
+            raise ContextBusyError(f"{what}: the context is in use; pass a token to wait under, or use a second one")
         if status == Status.Cancelled:
             raise_cancelled(f"{what}, waiting for the context,", call[0], interrupt, None,
                             None if sequences is None else sequences())

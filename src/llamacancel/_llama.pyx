@@ -1,8 +1,8 @@
 # distutils: language = c++
 """What every module of this library shares: the log, Ctrl-C, fork, and what a stopped call raises.
 
-This extension is the only one that links llama.cpp. `_model`, `_context`, `_memory` and `_sampler` are compiled into the
-same file, so that ggml's globals exist once; `_library` imports them from it.
+This extension is the only one that links llama.cpp. `_model`, `_context`, `_memory` and `_sampler` are compiled into
+the same file, so that ggml's globals exist once; `_library` imports them from it.
 """
 
 import atexit

@@ -18,7 +18,8 @@ from posix.unistd cimport getpid
 from ._cancel cimport state_of
 from ._lib.box cimport Call, ModelBox, ProgressCallback, Status, name_of
 from ._lib.llama cimport *
-from ._llama cimport Interrupt, check_forked, check_process, drain_log, entered_process, raise_cancelled, text_of, watch_signals
+from ._llama cimport (
+    Interrupt, check_forked, check_process, drain_log, entered_process, raise_cancelled, text_of, watch_signals)
 
 from . import _params
 from .errors import ClosedError, LoadCancelled, ModelLoadError
@@ -252,7 +253,8 @@ cdef class Model:
     cdef int _check_tokens(self, values) except -1:
         cdef int32_t n = llama_vocab_n_tokens(self._vocab())
         if values.size and not (0 <= values.min() and values.max() < n):
-            raise ValueError(f"token {values[(values < 0) | (values >= n)][0]} is outside of the vocabulary (0 to {n - 1})")
+            wrong = values[(values < 0) | (values >= n)][0]
+            raise ValueError(f"token {wrong} is outside of the vocabulary (0 to {n - 1})")
         return 0
 
     cdef llama_token _check_token(self, token) except -1:
@@ -270,7 +272,7 @@ cdef class Model:
         return llama_vocab_is_control(self._vocab(), self._check_token(token))
 
     def token_attributes(self, token):
-        """What the vocabulary says of a token, as a set of llama.cpp's words: "normal", "control", "byte", "lstrip", ..."""
+        """What the vocabulary says of a token, in llama.cpp's words: a set of "normal", "control", "byte", ..."""
         cdef int attributes = llama_vocab_get_attr(self._vocab(), self._check_token(token))
         return {name for bit, name in enumerate(_TOKEN_ATTRIBUTES) if attributes >> bit & 1}
 
@@ -357,7 +359,7 @@ cdef class Model:
 
     @property
     def max_position_embeddings(self):
-        """Length of the model's table of learned positions, which no position can pass; None where there is no table."""
+        """Length of the model's table of learned positions, which no position can pass; None without a table."""
         self._check_open()
         return self.box.get().max_positions() or None
 
@@ -468,13 +470,14 @@ cdef class Model:
         """How texts are cut into tokens: "spm", "bpe", "wpm", "ugm", "rwkv", "plamo2", "test" or "none"."""
         return _VOCAB_TYPES[llama_vocab_type(self._vocab())]
 
-    def load_lora(self, path):
+    def load_lora(self, path, token=None):
         """Load a LoRA adapter for this model; `Context.set_lora` applies it.
 
         Raises:
+            LoadCancelled: If `token` was cancelled.
             ModelLoadError: If the file cannot be used with this model.
         """
-        return LoraAdapter(self, path)
+        return LoraAdapter(self, path, token)
 
 
 ctypedef int32_t (*_Reader)(const llama_model *, int32_t, char *, size_t) noexcept nogil
@@ -496,18 +499,23 @@ cdef _token_or_none(llama_token token):
 @cython.final
 @cython.no_gc_clear
 cdef class LoraAdapter:
-    """A LoRA adapter of a model, made by `Model.load_lora`. Freed when neither a context nor Python needs it any more."""
+    """A LoRA adapter of a model, made by `Model.load_lora`. Freed when neither a context nor Python needs it."""
 
-    def __cinit__(self, Model model not None, path):
+    def __cinit__(self, Model model not None, path, token=None):
         model._check_open()
         check_forked()
         cdef string name = os.fsencode(path)
         cdef string problem
         cdef shared_ptr[ModelBox] box = model.box
+        cdef Call call = Call(state_of(token))
+        cdef Interrupt interrupt = watch_signals(call)
+        cdef Status status
         with nogil:
-            self.native = box.get().load_adapter(name, problem)
+            status = box.get().load_adapter(name, call, self.native, problem)
         drain_log()
-        if self.native == NULL:
+        if status == Status.Cancelled:
+            raise_cancelled(f"loading {os.fspath(path)}", call, interrupt, LoadCancelled)
+        if status != Status.Done:
             raise ModelLoadError(f"{os.fspath(path)}: {text_of(problem)}")
         self.box = model.box
         self.pid = getpid()

@@ -10,7 +10,7 @@ from libcpp.vector cimport vector
 
 from ._cancel cimport state_of
 from ._context cimport Context
-from ._lib.box cimport Call, ModelBox, Status, accept, grammar, reset, sample
+from ._lib.box cimport Call, ModelBox, Status, accept, make_grammar, reset, sample
 from ._lib.llama cimport *
 from ._llama cimport drain_log, raise_cancelled, text_of
 from ._model cimport Model
@@ -56,8 +56,8 @@ cdef class Sampler:
     cdef dict options
     cdef bint busy                   # a thread is using the chain, perhaps without the GIL; set and cleared with it
 
-    def __init__(self, *, temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, typical_p=1.0, top_n_sigma=-1.0, min_keep=1,
-                 dynatemp_range=0.0, dynatemp_exponent=1.0, repeat_penalty=1.0, frequency_penalty=0.0,
+    def __init__(self, *, temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, typical_p=1.0, top_n_sigma=-1.0,
+                 min_keep=1, dynatemp_range=0.0, dynatemp_exponent=1.0, repeat_penalty=1.0, frequency_penalty=0.0,
                  presence_penalty=0.0, penalty_last_n=64, dry_multiplier=0.0, dry_base=1.75, dry_allowed_length=2,
                  dry_penalty_last_n=1024, dry_breakers=("\n", ":", '"', "*"), xtc_probability=0.0, xtc_threshold=0.1,
                  mirostat=0, mirostat_tau=5.0, mirostat_eta=0.1, seed=None, logit_bias=None, grammar=None,
@@ -88,7 +88,8 @@ cdef class Sampler:
             "mirostat_tau": number("mirostat_tau", mirostat_tau, 0, 1e6),
             "mirostat_eta": number("mirostat_eta", mirostat_eta, 0, 1e6),
             "seed": None if seed is None else integer("seed", seed, 0, 2**32 - 2),
-            "logit_bias": {integer("a token", token, 0, 2**31 - 1): _bias(bias) for token, bias in (logit_bias or {}).items()},
+            "logit_bias": {integer("a token", token, 0, 2**31 - 1): _bias(bias)
+                           for token, bias in (logit_bias or {}).items()},
             "grammar": None if grammar is None else _no_zero("grammar", grammar),
             "grammar_root": _no_zero("grammar_root", grammar_root),
         }
@@ -154,7 +155,7 @@ cdef class Sampler:
         if o["grammar"] is not None:
             text, root = o["grammar"].encode(), o["grammar_root"].encode()
             with nogil:
-                part = grammar(vocab, text, root, message)
+                part = make_grammar(vocab, text, root, message)
             if part == NULL:
                 raise ValueError(text_of(message))
             llama_sampler_chain_add(chain, part)
@@ -173,10 +174,11 @@ cdef class Sampler:
             return 0
         if o["mirostat"]:
             self._add_temperature(chain)
-            llama_sampler_chain_add(
-                chain,
-                llama_sampler_init_mirostat(n_vocab, seed, o["mirostat_tau"], o["mirostat_eta"], 100) if o["mirostat"] == 1
-                else llama_sampler_init_mirostat_v2(seed, o["mirostat_tau"], o["mirostat_eta"]))
+            if o["mirostat"] == 1:
+                part = llama_sampler_init_mirostat(n_vocab, seed, o["mirostat_tau"], o["mirostat_eta"], 100)
+            else:
+                part = llama_sampler_init_mirostat_v2(seed, o["mirostat_tau"], o["mirostat_eta"])
+            llama_sampler_chain_add(chain, part)
             return 0
         if o["top_n_sigma"] > 0:
             llama_sampler_chain_add(chain, llama_sampler_init_top_n_sigma(o["top_n_sigma"]))
@@ -189,7 +191,8 @@ cdef class Sampler:
         if o["min_p"] > 0:
             llama_sampler_chain_add(chain, llama_sampler_init_min_p(o["min_p"], min_keep))
         if o["xtc_probability"] > 0:
-            llama_sampler_chain_add(chain, llama_sampler_init_xtc(o["xtc_probability"], o["xtc_threshold"], min_keep, seed))
+            llama_sampler_chain_add(
+                chain, llama_sampler_init_xtc(o["xtc_probability"], o["xtc_threshold"], min_keep, seed))
         self._add_temperature(chain)
         llama_sampler_chain_add(chain, llama_sampler_init_dist(seed))
         return 0
@@ -316,15 +319,15 @@ def json_schema_to_grammar(schema):
         schema = json.loads(schema)
     _check_size(schema)
     cdef string text = json.dumps(schema).encode()
-    cdef string grammar
+    cdef string rules
     try:
         with nogil:
-            grammar = native_json_schema_to_grammar(text)
+            rules = native_json_schema_to_grammar(text)
     except RuntimeError as error:  # an assertion of llama.cpp's
         raise ValueError(str(error)) from None
     finally:
         drain_log()
-    return grammar.decode("utf-8", "replace")
+    return rules.decode("utf-8", "replace")
 
 
 cdef int _DEEPEST_SCHEMA = 100

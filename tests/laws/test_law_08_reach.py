@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import llamacancel as lc
-from llamacancel.make_model import find_vocab
+from llamacancel.make_model import find_vocab, make_lora
 from tests.conftest import GENERATIVE, TEXT
 from tests.device import CONTEXT, load
 
@@ -144,6 +144,63 @@ def test_a_model_loaded_after_a_cancelled_load_gives_the_same_bits(
         model.context(n_ctx=1024, n_ubatch=32, n_threads=1, **CONTEXT) as context,
     ):
         assert same_bits(decode(context, rows), decode(new_context(arch), rows))
+
+
+# ---- adapters and contexts -------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_not_loaded_to_its_end_by_a_cancelled_call(
+    model_of: Callable[[str], lc.Model], model_path: ModelPath, tmp_path: Path, new_context: NewContext
+) -> None:
+    model, context, rows = model_of("llama"), new_context("llama"), batch((tokens(20), 0, 0))
+    path = make_lora(tmp_path / "lora.gguf", model_path("llama"), rank=2048)
+    cancelled_throughout(lambda token: model.load_lora(path, token=token))
+    context.set_lora([(model.load_lora(path), 1.0)])
+    adapted = decode(context, rows)
+    context.memory.clear()
+    context.set_lora([(model.load_lora(path, token=far()), 1.0)])
+    assert same_bits(decode(context, rows), adapted)
+
+
+@pytest.mark.parametrize("arch", ["llama", "swa", "hybrid", "mamba"])
+def test_a_context_is_not_made_to_its_end_by_a_cancelled_call(
+    arch: str, model_of: Callable[[str], lc.Model], new_context: NewContext
+) -> None:
+    n_seq_max = 256 if arch == "mamba" else 1
+    params: dict[str, Any] = {"n_ctx": 1 << 17, "n_seq_max": n_seq_max, "n_ubatch": 32, **CONTEXT}
+    model = model_of(arch)
+    cancelled_throughout(lambda token: model.context(token=token, **params).close())
+    rows = batch((tokens(20), 0, 0))
+    with model.context(token=far(), **params) as context:
+        assert close(decode(context, rows), decode(new_context(arch), rows))
+
+
+def test_a_cancel_reaches_the_measuring_that_the_first_context_waits_for(model_path: ModelPath) -> None:
+    with load(model_path("llama")) as model:
+        for reading in (2, 4, 8):
+            with deadline_at(reading), pytest.raises(lc.DeadlineExceeded, match="making a context"):
+                model.context(n_ctx=256, token=far())
+            token = far()
+            with in_the_middle(token.cancel, at=reading), pytest.raises(lc.DecodeCancelled, match="making a context"):
+                model.context(n_ctx=256, token=token)
+        with model.context(n_ctx=256) as measured, model.context(n_ctx=256, token=far()) as known:
+            assert measured.latency_plan == known.latency_plan
+            assert measured.latency_plan.node_seconds is not None
+
+
+def test_who_waits_for_another_threads_context_to_be_made_can_be_cancelled(
+    model_of: Callable[[str], lc.Model], model_path: ModelPath, tmp_path: Path
+) -> None:
+    model, path = model_of("llama"), make_lora(tmp_path / "lora.gguf", model_path("llama"))
+    large: dict[str, Any] = {"n_ctx": 1 << 17, "n_ubatch": 32, **CONTEXT}
+    with Flight(lambda: model.context(token=far(), **large), at=8) as making:
+        small = Flight(lambda: model.context(n_ctx=64, n_ubatch=32, token=far(), **CONTEXT), at=NEVER)
+        adapter = Flight(lambda: model.load_lora(path, token=far()), at=NEVER)
+        for each in (small, adapter):
+            each.waits()
+            each.clock.jumps_in(3)
+            assert isinstance(each.lands(), lc.DeadlineExceeded)
+    making.told.close()
 
 
 # ---- decode, encode, embeddings --------------------------------------------------------------------------------
@@ -445,9 +502,9 @@ def _others_run_during(call: Callable[[], object]) -> bool:
         seen.append(over)
 
     thread = threading.Thread(target=other, daemon=True)
-    thread.start()
     try:
         sys.setswitchinterval(1000)  # nobody has to give up the GIL
+        thread.start()  # it comes back when the other thread waits
         gate.set()
         call()
         over = True

@@ -96,6 +96,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "Model.is_eog": (300,),
     "Model.is_control": (300,),
     "Model.load_lora": ("nowhere",),
+    "Model.token_attributes": (1,),
     "State.save_file": (os.devnull + "/nowhere",),
 }
 

@@ -153,19 +153,19 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         int32_t max_positions() noexcept
         bool causal() noexcept
         MemoryKind memory_kind() noexcept
-        GapCost gap_cost(int32_t n_threads) except +
+        Status gap_cost(int32_t n_threads, Call & call, GapCost & cost) except +
         Status tokenize(const string & text, bool add_special, bool parse_special, Call & call,
                         vector[llama_token] & tokens, string & message) except +
         Status detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special,
                           string & text, string & message) except +
         string piece(llama_token token, bool special) except +
-        llama_adapter_lora * load_adapter(const string & path, string & message) except +
+        Status load_adapter(const string & path, Call & call, llama_adapter_lora * & adapter, string & message) except +
         void free_adapter(llama_adapter_lora * adapter) except +
 
     cppclass ContextBox:
         @staticmethod
-        shared_ptr[ContextBox] make(shared_ptr[ModelBox] model, llama_context_params params, const Cut & cut,
-                                    string & message) except +
+        Status make(shared_ptr[ModelBox] model, llama_context_params params, const Cut & cut, Call & call,
+                    shared_ptr[ContextBox] & box, string & message) except +
         Status acquire(Call * call) except +
         void release() noexcept
         string unusable() except +
@@ -210,5 +210,5 @@ cdef extern from "sampler.hpp" namespace "llamacancel" nogil:
                   string & message) except +
     Status accept(llama_sampler * chain, llama_token token, string & message) except +
     void reset(llama_sampler * chain) except +
-    llama_sampler * grammar(const llama_vocab * vocab, const string & text, const string & root,
-                            string & message) except +
+    llama_sampler * make_grammar(const llama_vocab * vocab, const string & text, const string & root,
+                                 string & message) except +

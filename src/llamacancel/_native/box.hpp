@@ -59,15 +59,16 @@ public:
                       std::string & text, std::string & message) const;
     std::string piece(llama_token token, bool special) const;
 
-    // A LoRA adapter, to be freed before the model; null with a message if the file is none for it.
-    llama_adapter_lora * load_adapter(const std::string & path, std::string & message);
+    // A LoRA adapter, to be freed before the model.
+    Status load_adapter(const std::string & path, Call & call, llama_adapter_lora *& adapter, std::string & message);
     void free_adapter(llama_adapter_lora * adapter);
 
     // llama_init_from_model(), which for YaRN writes into the model: that is undone, and contexts are made one by one.
-    llama_context * make_context(const llama_context_params & params);
+    // Throws Stopped once `call` is to stop.
+    llama_context * make_context(const llama_context_params & params, Call & call);
 
     // Measured on first use for a number of threads, so that all contexts of a model are cut alike.
-    GapCost gap_cost(int32_t n_threads);
+    Status gap_cost(int32_t n_threads, Call & call, GapCost & cost);
 
 private:
     using Servers = std::vector<std::shared_ptr<RpcServer>>;
@@ -81,8 +82,8 @@ private:
     llama_model * model_;
     const bool on_cpu_;
     MemoryKind memory_kind_ = MemoryKind::None;
-    std::mutex making_;  // held while a context or an adapter is made, which llama.cpp writes down in the model
-    std::mutex cost_mutex_;
+    std::timed_mutex making_;  // held while a context or an adapter is made, which llama.cpp writes down in the model
+    std::timed_mutex cost_mutex_;
     std::map<int32_t, GapCost> cost_;
 };
 
@@ -124,8 +125,8 @@ struct DecodeReport {
 
 class ContextBox {
 public:
-    static std::shared_ptr<ContextBox> make(std::shared_ptr<ModelBox> model, llama_context_params params,
-                                            const Cut & cut, std::string & message);
+    static Status make(std::shared_ptr<ModelBox> model, llama_context_params params, const Cut & cut, Call & call,
+                       std::shared_ptr<ContextBox> & box, std::string & message);
     ~ContextBox();
     ContextBox(const ContextBox &) = delete;
     ContextBox & operator=(const ContextBox &) = delete;

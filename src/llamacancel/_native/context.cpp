@@ -7,25 +7,27 @@
 #include "ggml-cpu.h"
 #include "llama-context.h"
 #include "llama-kv-cache.h"
+#include "steps.hpp"
 
 namespace llamacancel {
 
-std::shared_ptr<ContextBox> ContextBox::make(std::shared_ptr<ModelBox> model, llama_context_params params,
-                                             const Cut & cut, std::string & message) {
+Status ContextBox::make(std::shared_ptr<ModelBox> model, llama_context_params params, const Cut & cut, Call & call,
+                        std::shared_ptr<ContextBox> & box, std::string & message) {
     clear_errors();
     message = model->lost_server();
     if (!message.empty()) {
-        return nullptr;
+        return Status::Failed;
     }
-    std::shared_ptr<ContextBox> box;
     try {
         AssertionGuard guard;
         params.n_ubatch = cut.n_ubatch;
-        if (llama_context * ctx = model->make_context(params)) {
+        if (llama_context * ctx = model->make_context(params, call)) {
             box.reset(new ContextBox(model, ctx, cut, params.embeddings));
         } else {
             message = last_errors();
         }
+    } catch (const Stopped &) {
+        return Status::Cancelled;
     } catch (const std::exception & error) {
         message = error.what();
     }
@@ -34,7 +36,11 @@ std::shared_ptr<ContextBox> ContextBox::make(std::shared_ptr<ModelBox> model, ll
         message = lost;
         box.reset();
     }
-    return box;
+    if (call.should_stop()) {
+        box.reset();
+        return Status::Cancelled;
+    }
+    return box ? Status::Done : Status::Failed;
 }
 
 ContextBox::ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, const Cut & cut, bool output_all)

@@ -46,7 +46,8 @@ uint32_t round_down(double rows) {
 // A scratch context whose abort callback notes the longest times between two of its calls.
 class Probe {
 public:
-    Probe(llama_model * model, int32_t n_threads, int32_t most_rows, bool on_cpu) : on_cpu_(on_cpu) {
+    Probe(llama_model * model, int32_t n_threads, int32_t most_rows, bool on_cpu, const std::atomic<bool> & stop)
+        : on_cpu_(on_cpu), stop_(stop) {
         llama_context_params params = llama_context_default_params();
         params.n_ctx = kProbeCells;
         params.n_batch = params.n_ubatch = most_rows;
@@ -63,12 +64,12 @@ public:
     // the calmest pass counts. On other devices the time of a whole pass, some of whose layers may be on the CPU: it
     // looks at the token there, which says nothing of the rest. 0 if the model does not decode.
     double longest_gap(int32_t n_rows, uint32_t n_past) {
-        if (!ctx_ || !pass(n_rows, n_past)) {  // the first one brings the weights into memory
+        if (!ctx_ || stop_ || !pass(n_rows, n_past)) {  // the first one brings the weights into memory
             return 0;
         }
         int64_t calmest = INT64_MAX;
         const int64_t end_ns = now_ns() + kProbeNs;
-        for (int i = 0; i < kPasses || (i < kMostPasses && now_ns() < end_ns); ++i) {
+        for (int i = 0; !stop_ && (i < kPasses || (i < kMostPasses && now_ns() < end_ns)); ++i) {
             pass(n_rows, n_past);
             calmest = std::min(calmest, !on_cpu_                 ? pass_ns_
                                         : longest_ns_.back() > 0 ? longest_ns_.back()
@@ -117,7 +118,7 @@ private:
     static bool on_poll(void * data) {
         Probe & probe = *static_cast<Probe *>(data);
         probe.note();
-        return probe.last_ns_ >= probe.stop_ns_;
+        return probe.stop_ || probe.last_ns_ >= probe.stop_ns_;
     }
 
     std::unique_ptr<llama_context, decltype(&llama_free)> ctx_{nullptr, llama_free};
@@ -125,17 +126,19 @@ private:
     int64_t last_ns_ = 0, stop_ns_ = 0;
     int64_t pass_ns_ = 0;  // of a pass, from its start to its end
     const bool on_cpu_;
+    const std::atomic<bool> & stop_;
 };
 
 }  // namespace
 
-GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu, int32_t max_positions) {
+GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu, int32_t max_positions,
+                         const std::atomic<bool> & stop) {
     const bool always = true;
     QuietLog quiet(always);  // each pass is stopped on its way
     const int32_t n_cells = max_positions > 0 ? std::min<int32_t>(kProbeCells, max_positions) : kProbeCells;
     const int32_t more_rows = std::min(on_cpu ? 128 : 512, n_cells), few_rows = std::max(more_rows / 4, 1);
     const uint32_t n_past = n_cells - more_rows;
-    Probe probe(model, n_threads, more_rows, on_cpu);
+    Probe probe(model, n_threads, more_rows, on_cpu, stop);
     const double few = probe.longest_gap(few_rows, 0);
     const double more = probe.longest_gap(more_rows, 0);
     const double far = probe.longest_gap(more_rows, n_past);

@@ -2,6 +2,7 @@
 // same way for the same batch, so that the same calls give the same bits.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -38,8 +39,10 @@ struct GapCost {
 };
 
 // Runs some tokens through the first layers, a few times for at most 0.1 s each; through all of them on other devices
-// than the CPU, which do not look inside a graph. `max_positions`: as many as the model has, or 0.
-GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu, int32_t max_positions);
+// than the CPU, which do not look inside a graph. `max_positions`: as many as the model has, or 0. Once `stop` is set it
+// returns, with no measure.
+GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu, int32_t max_positions,
+                         const std::atomic<bool> & stop);
 
 // The cut of one context, fixed when it is made.
 struct Cut {

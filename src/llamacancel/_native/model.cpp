@@ -1,9 +1,11 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <future>
 #include <initializer_list>
 
 #include "box.hpp"
@@ -18,6 +20,8 @@
 namespace llamacancel {
 
 namespace {
+
+constexpr std::chrono::milliseconds kBetweenLooks{2};  // at the call, while another thread works
 
 using Gguf = std::unique_ptr<gguf_context, decltype(&gguf_free)>;
 
@@ -280,6 +284,17 @@ std::string lost_among(const std::vector<std::shared_ptr<RpcServer>> & servers) 
     return "";
 }
 
+// Locks the mutex, or throws Stopped.
+std::unique_lock<std::timed_mutex> lock_under(std::timed_mutex & mutex, Call & call) {
+    std::unique_lock<std::timed_mutex> lock(mutex, std::defer_lock);
+    while (!lock.try_lock_for(kBetweenLooks)) {
+        if (call.should_stop()) {
+            throw Stopped{};
+        }
+    }
+    return lock;
+}
+
 struct LoadProgress {
     Call & call;
     llama_progress_callback report;
@@ -375,8 +390,10 @@ Status ModelBox::load(const std::string & path, llama_model_params params, const
     clear_errors();
     llama_model * model = nullptr;
     try {
-        AssertionGuard guard;
+        const CountedSteps counted(call);
         model = llama_model_load_from_file(path.c_str(), params);
+    } catch (const Stopped &) {
+        return Status::Cancelled;
     } catch (const std::exception & error) {
         message = error.what();
         return Status::Failed;
@@ -511,34 +528,43 @@ std::string ModelBox::piece(llama_token token, bool special) const {
     return text;
 }
 
-llama_adapter_lora * ModelBox::load_adapter(const std::string & path, std::string & message) {
+Status ModelBox::load_adapter(const std::string & path, Call & call, llama_adapter_lora *& adapter,
+                              std::string & message) {
     message = check_gguf(path, true);
     if (!message.empty()) {
-        return nullptr;
+        return Status::Invalid;
     }
-    const InFlight in_flight;
-    std::lock_guard<std::mutex> lock(making_);
     clear_errors();
     try {
-        AssertionGuard guard;
-        if (llama_adapter_lora * adapter = llama_adapter_lora_init(model_, path.c_str())) {
-            return adapter;
+        const CountedSteps counted(call);
+        const auto lock = lock_under(making_, call);
+        adapter = llama_adapter_lora_init(model_, path.c_str());
+        if (adapter && call.should_stop()) {
+            llama_adapter_lora_free(adapter);
+            adapter = nullptr;
+            return Status::Cancelled;
         }
-        message = last_errors();
+    } catch (const Stopped &) {
+        return Status::Cancelled;
     } catch (const std::exception & error) {
         message = error.what();
+        return Status::Failed;
     }
-    return nullptr;
+    if (!adapter) {
+        message = last_errors();
+        return Status::Invalid;
+    }
+    return Status::Done;
 }
 
 void ModelBox::free_adapter(llama_adapter_lora * adapter) {
-    std::lock_guard<std::mutex> lock(making_);
+    std::lock_guard<std::timed_mutex> lock(making_);
     llama_adapter_lora_free(adapter);
 }
 
-llama_context * ModelBox::make_context(const llama_context_params & params) {
-    const InFlight in_flight;
-    std::lock_guard<std::mutex> lock(making_);
+llama_context * ModelBox::make_context(const llama_context_params & params, Call & call) {
+    const CountedSteps counted(call);
+    const auto lock = lock_under(making_, call);
     struct Restore {
         uint32_t & value;
         const uint32_t before = value;
@@ -547,19 +573,36 @@ llama_context * ModelBox::make_context(const llama_context_params & params) {
     return llama_init_from_model(model_, params);
 }
 
-GapCost ModelBox::gap_cost(int32_t n_threads) {
+Status ModelBox::gap_cost(int32_t n_threads, Call & call, GapCost & cost) {
     const InFlight in_flight;
-    std::lock_guard<std::mutex> lock(cost_mutex_);
-    const auto known = cost_.find(n_threads);
-    if (known != cost_.end()) {
-        return known->second;
-    }
     try {
-        AssertionGuard guard;
-        return cost_[n_threads] = measure_gap_cost(model_, n_threads, on_cpu_, max_positions());
+        const auto lock = lock_under(cost_mutex_, call);
+        const auto known = cost_.find(n_threads);
+        if (known != cost_.end()) {
+            cost = known->second;
+            return Status::Done;
+        }
+        // On a thread that ends with it: OpenMP keeps a team for every thread that computed, whose members get in the
+        // way of the team of the thread that decodes.
+        std::atomic<bool> stop{false};
+        std::future<GapCost> measured = std::async(std::launch::async, [&] {
+            const AssertionGuard guard;
+            return measure_gap_cost(model_, n_threads, on_cpu_, max_positions(), stop);
+        });
+        while (measured.wait_for(kBetweenLooks) != std::future_status::ready) {
+            stop = stop || exiting() || call.should_stop();
+        }
+        cost = measured.get();
+        if (stop || call.should_stop()) {
+            return Status::Cancelled;
+        }
+        cost_[n_threads] = cost;
+    } catch (const Stopped &) {
+        return Status::Cancelled;
     } catch (const AssertionFailed &) {
-        return {};  // making a context will say why
+        cost = {};  // making a context will say why
     }
+    return Status::Done;
 }
 
 }  // namespace llamacancel

@@ -281,8 +281,8 @@ void reset(llama_sampler * chain) {
     llama_sampler_reset(chain);
 }
 
-llama_sampler * grammar(const llama_vocab * vocab, const std::string & text, const std::string & root,
-                        std::string & message) {
+llama_sampler * make_grammar(const llama_vocab * vocab, const std::string & text, const std::string & root,
+                             std::string & message) {
     clear_errors();
     Call whole;
     std::string in_circles;

@@ -16,7 +16,7 @@ Status accept(llama_sampler * chain, llama_token token, std::string & message);
 void reset(llama_sampler * chain);
 
 // A GBNF grammar's sampler; null with a message for a bad grammar.
-llama_sampler * grammar(const llama_vocab * vocab, const std::string & text, const std::string & root,
-                        std::string & message);
+llama_sampler * make_grammar(const llama_vocab * vocab, const std::string & text, const std::string & root,
+                             std::string & message);
 
 }  // namespace llamacancel

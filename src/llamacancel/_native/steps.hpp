@@ -1,4 +1,5 @@
-// Long loops of llama.cpp that its abort callback does not reach: those of tokenizers and grammars.
+// Long loops of llama.cpp that its abort callback does not reach: those of tokenizers, of grammars, of loading a
+// vocabulary or an adapter, of clearing a new context's memory.
 //
 // With vendor/patches they count their steps, and ask here whether to go on. Without, they run to their end.
 #pragma once
