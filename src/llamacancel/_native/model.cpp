@@ -4,7 +4,9 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <exception>
 #include <initializer_list>
+#include <thread>
 
 #include "box.hpp"
 #include "ggml-backend.h"
@@ -554,9 +556,23 @@ GapCost ModelBox::gap_cost(int32_t n_threads) {
     if (known != cost_.end()) {
         return known->second;
     }
+    GapCost cost;
+    std::exception_ptr failure;
+    // OpenMP keeps a team of threads for each thread that has computed, until that one ends. Where one thread makes
+    // the context and another decodes, a team that is left behind slows down the other.
+    std::thread([&] {
+        try {
+            AssertionGuard guard;
+            cost = measure_gap_cost(model_, n_threads, on_cpu_, max_positions());
+        } catch (...) {
+            failure = std::current_exception();
+        }
+    }).join();
     try {
-        AssertionGuard guard;
-        return cost_[n_threads] = measure_gap_cost(model_, n_threads, on_cpu_, max_positions());
+        if (failure) {
+            std::rethrow_exception(failure);
+        }
+        return cost_[n_threads] = cost;
     } catch (const AssertionFailed &) {
         return {};  // making a context will say why
     }
