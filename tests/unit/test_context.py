@@ -7,11 +7,13 @@ import gc
 import pickle
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import llamacancel as lc
+from tests import device
 from tests.conftest import GENERATIVE, batch_of, prompt
 
 LoadedModel = Callable[[str], lc.Model]
@@ -477,6 +479,20 @@ def test_a_latency_is_planned_for(new_context: NewContext) -> None:
 def test_without_an_aim_nothing_is_measured(new_context: NewContext) -> None:
     plan = new_context("llama", n_ubatch=None, cancel_latency=None).latency_plan
     assert (plan.target, plan.node_seconds, plan.attention_seconds) == (None, None, None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted where Linux lists them")
+def test_measuring_leaves_no_threads_of_its_own(model_path: Callable[[str], Path]) -> None:
+    """OpenMP's would belong to the thread that made the context, and compete with those of the one that decodes."""
+
+    def threads() -> set[str]:
+        return {each.name for each in Path("/proc/self/task").iterdir()}
+
+    with device.load(model_path("llama")) as model:
+        before = threads()
+        with model.context(n_ctx=64, n_threads=2) as context:
+            assert context.latency_plan.node_seconds is not None
+            assert not threads() - before
 
 
 def test_a_context_closes_at_the_end_of_with(model_of: LoadedModel) -> None:
