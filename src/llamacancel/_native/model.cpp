@@ -582,8 +582,8 @@ Status ModelBox::gap_cost(int32_t n_threads, Call & call, GapCost & cost) {
             cost = known->second;
             return Status::Done;
         }
-        // On a thread that ends with it: OpenMP keeps a team for every thread that computed, whose members get in the
-        // way of the team of the thread that decodes.
+        // OpenMP keeps a team of threads for each thread that has computed, until that one ends. Where one thread makes
+        // the context and another decodes, a team that is left behind slows down the other.
         std::atomic<bool> stop{false};
         std::future<GapCost> measured = std::async(std::launch::async, [&] {
             const AssertionGuard guard;
