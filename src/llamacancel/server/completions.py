@@ -16,7 +16,7 @@ from .answer import Choice, GenerationResponse, Job
 from .logprobs import completion_logprobs
 from .prompts import check_room, make_samplers, prompt_tokens
 from .schemas import CompletionBody
-from .service import Service, TimeoutHeader
+from .service import Group, Service, TimeoutHeader
 from .sse import event
 
 __all__ = ["router"]
@@ -42,24 +42,28 @@ async def create_completion(
     """Continue one or several prompts. A client that hangs up cancels them."""
     service: Service = request.app.state.service
     timeout = service.timeout(body.timeout, x_request_timeout)
-    prompts = await prompt_tokens(request, service.model, body.prompt, "prompt", timeout)
-    count = len(prompts) * (body.n or 1)
-    check_room(service.engine, prompts, count)
-    job = Job(
-        prompts=prompts,
-        samplers=await make_samplers(service.model, body, count, body.grammar),
-        max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
-        stop=body.stops,
-        logprobs=body.logprobs,
-        timeout=timeout,
-    )
+
+    async def prepare(group: Group) -> Job:
+        prompts = await prompt_tokens(group, service.model, body.prompt, "prompt")
+        count = len(prompts) * (body.n or 1)
+        check_room(service.engine, prompts, count)
+        return Job(
+            prompts=prompts,
+            samplers=await make_samplers(service.model, body, count, body.grammar),
+            max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
+            stop=body.stops,
+            logprobs=body.logprobs,
+        )
+
     form = _CompletionForm(
         request.state.request_id,
         service.model_name,
         logprobs=body.logprobs is not None,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )
-    return GenerationResponse(service, request.state.request_id, job, form, stream=bool(body.stream))
+    return GenerationResponse(
+        service, request.state.request_id, prepare, form, timeout=timeout, stream=bool(body.stream)
+    )
 
 
 class _CompletionForm:

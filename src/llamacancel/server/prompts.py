@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import anyio.to_thread
-from fastapi import Request
 
 from .._cancel import CancelToken
 from .._model import Model
 from .._sampler import Sampler
 from ..engine import Engine
-from ..errors import DeadlineExceeded, DecodeCancelled
-from .disconnect import watched
-from .errors import NO_RETRY, ApiError
+from ..errors import DecodeCancelled
+from .errors import ApiError
 from .schemas import GenerationBody, Prompt
+from .service import Group
 
 __all__ = ["check_room", "in_thread_if_long", "make_samplers", "prompt_tokens", "under_token"]
 
@@ -31,35 +30,28 @@ async def in_thread_if_long(size: int, work: Callable[[], _T]) -> _T:
     return work() if size < LONG else await anyio.to_thread.run_sync(work)
 
 
-async def under_token(request: Request, timeout: float | None, size: int, work: Callable[[CancelToken], _T]) -> _T:
-    """Do work on text of a size as `in_thread_if_long`, under a token that a client's hang-up cancels.
+async def under_token(group: Group, size: int, work: Callable[[CancelToken], _T]) -> _T:
+    """Do work on text of a size as `in_thread_if_long`, under the token of a request.
 
     Args:
-        request: Whose client is watched meanwhile.
-        timeout: Seconds that the request has.
+        group: The request's.
         size: Characters of the text.
         work: Takes the token.
 
     Raises:
-        ApiError: 408, if the time was over; 499, if the client hung up.
+        ApiError: As `Group.check`.
     """
-    if size < LONG:  # the engine tells what is over by then
-        return work(CancelToken())
-    token = CancelToken(timeout=timeout)
+    group.check()
     try:
-        async with watched(request.receive, lambda: token.cancel("the client hung up")):
-            return await anyio.to_thread.run_sync(work, token)
-    except DeadlineExceeded as error:
-        raise ApiError(
-            408, "the request's time was over before its text was read", code="deadline", headers=NO_RETRY
-        ) from error
-    except DecodeCancelled as error:
-        raise ApiError(499, f"the request was cancelled: {error.reason}", code="cancelled", headers=NO_RETRY) from error
+        done = await in_thread_if_long(size, lambda: work(group.token))
+    except DecodeCancelled:
+        group.check()
+        raise
+    group.check()
+    return done
 
 
-async def prompt_tokens(
-    request: Request, model: Model, prompt: Prompt, param: str, timeout: float | None
-) -> list[list[int]]:
+async def prompt_tokens(group: Group, model: Model, prompt: Prompt, param: str) -> list[list[int]]:
     """The prompts of a body, which has them in a field `param`, as token ids.
 
     Text gets the special tokens that the model wants, a BOS only once, and its own special tokens are read as such.
@@ -76,7 +68,7 @@ async def prompt_tokens(
             for each in given
         ]
 
-    return await under_token(request, timeout, sum(len(each) for each in given if isinstance(each, str)), tokenize)
+    return await under_token(group, sum(len(each) for each in given if isinstance(each, str)), tokenize)
 
 
 def _text_tokens(model: Model, text: str, param: str, token: CancelToken) -> list[int]:
