@@ -35,6 +35,7 @@ class Job:
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     logprobs: int | None = None
+    priority: int = 0
 
     @property
     def each(self) -> int:
@@ -153,6 +154,7 @@ class GenerationResponse(Response):
                 max_tokens=job.max_tokens,
                 sampler=sampler,
                 token=run.group.token,
+                priority=job.priority,
                 stop=job.stop,
                 logprobs=job.logprobs,
                 request_id=f"{self._id}.{index}" if several else self._id,

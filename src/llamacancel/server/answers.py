@@ -299,6 +299,6 @@ TOKEN_ERRORS: _Responses = {status: GENERATION_ERRORS[status] for status in (408
 STREAMED: _Responses = {
     200: {
         "description": "The answer; with `stream`, as events that end with `data: [DONE]`.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     }
 }

@@ -58,6 +58,7 @@ async def create_chat_completion(
             max_tokens=body.max_completion_tokens or body.max_tokens,
             stop=body.stops,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            priority=body.priority or 0,
         )
 
     form = _ChatForm(

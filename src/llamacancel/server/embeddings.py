@@ -47,7 +47,7 @@ async def create_embeddings(
     """One vector of length 1 for each input. A client that hangs up cancels what is not done."""
     service: Service = request.app.state.service
     timeout = service.timeout(body.timeout, x_request_timeout)
-    if body.dimensions is not None and body.dimensions != service.model.n_embd:
+    if body.dimensions is not None and body.dimensions > service.model.n_embd:
         raise ApiError(400, f"this model's vectors have {service.model.n_embd} dimensions", param="dimensions")
     return _EmbeddingsResponse(service, request.state.request_id, body, timeout)
 
@@ -110,6 +110,7 @@ class _EmbeddingsResponse(Response):
         embedding = self._service.engine.embed(
             self._prompts[index],
             token=group.token,
+            priority=self._body.priority or 0,
             request_id=f"{self._id}.{index}" if len(self._prompts) > 1 else self._id,
         )
         works.append(_AwaitableEmbedding(embedding))
@@ -152,6 +153,7 @@ class _EmbeddingsResponse(Response):
         await send({"type": "http.response.body", "body": content})
 
     def _item(self, index: int, vector: NDArray[np.float32]) -> dict[str, Any]:
+        vector = vector[: self._body.dimensions]
         length = float(np.linalg.norm(vector))
         unit = vector / length if length > 0 else vector
         given: Any = unit.tolist()

@@ -166,7 +166,7 @@ async def slots(request: Request) -> Response:
 @router.get(
     "/events",
     response_class=Response,
-    responses=answers.ERRORS | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=answers.ERRORS | {200: {"content": {"text/event-stream": {}}}},
     tags=["state"],
 )
 async def events(request: Request) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio.to_thread
 
@@ -17,7 +17,7 @@ from .errors import ApiError
 from .schemas import GenerationBody, Prompt
 from .service import Group
 
-__all__ = ["check_room", "in_thread_if_long", "make_samplers", "prompt_tokens", "under_token"]
+__all__ = ["check_room", "in_thread_if_long", "make_samplers", "prompt_texts", "prompt_tokens", "under_token"]
 
 LONG = 4096
 """Characters from which on text is worked on in a thread, so that other clients' streams do not wait for it."""
@@ -60,7 +60,7 @@ async def prompt_tokens(group: Group, model: Model, prompt: Prompt, param: str) 
         ApiError: 400, if a prompt is empty, cannot be tokenized, or has tokens that the model does not know; as
             `under_token`.
     """
-    given = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    given = _each_of(prompt)
 
     def tokenize(token: CancelToken) -> list[list[int]]:
         return [
@@ -69,6 +69,21 @@ async def prompt_tokens(group: Group, model: Model, prompt: Prompt, param: str) 
         ]
 
     return await under_token(group, sum(len(each) for each in given if isinstance(each, str)), tokenize)
+
+
+async def prompt_texts(model: Model, prompt: Prompt) -> list[str]:
+    """The prompts of a body as text. Token ids give theirs, with the names of special tokens."""
+    given = _each_of(prompt)
+
+    def texts() -> list[str]:
+        return [each if isinstance(each, str) else model.detokenize(each, unparse_special=True) for each in given]
+
+    return await in_thread_if_long(sum(len(each) for each in given if not isinstance(each, str)), texts)
+
+
+def _each_of(prompt: Prompt) -> list[Any]:
+    """The prompts of a body, each of them a text or token ids."""
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
 def _text_tokens(model: Model, text: str, param: str, token: CancelToken) -> list[int]:
