@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import sys
 import threading
 import weakref
@@ -293,7 +294,7 @@ class Engine:
     ) -> Generation:
         """Queue a prompt to be continued, or refuse it at once. As `lc.Engine.submit`.
 
-        A text is turned into tokens at once, while the event loop waits: do that in a thread for a very long one.
+        A text is turned into tokens at once, while the event loop waits: give it to `tokenize` first if it is long.
         """
         return Generation(
             self._engine.submit(
@@ -310,6 +311,37 @@ class Engine:
             )
         )
 
+    async def tokenize(
+        self, text: str, *, timeout: float | None = None, token: CancelToken | None = None
+    ) -> NDArray[np.int32]:
+        """The tokens of a text, for `submit`: made in a thread, while the event loop goes on.
+
+        Args:
+            text: The text.
+            timeout: Seconds that it may take.
+            token: Cancels it, with others perhaps.
+
+        Raises:
+            DecodeCancelled: If `token` was cancelled, or the time over.
+            ClosedError: If the engine is closed.
+            ValueError: As `Model.tokenize`.
+        """
+        self._engine._check_open()
+        own = _engine._token_of(token, timeout)
+        done = asyncio.get_running_loop().run_in_executor(
+            None, functools.partial(self._engine.model.tokenize, text, token=own)
+        )
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            own.cancel(_REASON)
+            with _anyio_shield():
+                while not done.done():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait([done])
+            done.exception()  # is known
+            raise
+
     async def embed(
         self,
         prompt: str | ArrayLike,
@@ -319,8 +351,13 @@ class Engine:
         priority: int = 0,
         request_id: str | None = None,
     ) -> NDArray[np.float32]:
-        """The embedding of a text, float32 of shape (n_embd,). As `lc.Engine.embed`."""
-        embedding = self._engine.embed(prompt, timeout=timeout, token=token, priority=priority, request_id=request_id)
+        """The embedding of a text, float32 of shape (n_embd,). As `lc.Engine.embed`; a long text is turned into tokens
+        in a thread, as with `tokenize`.
+        """
+        own = _engine._token_of(token, timeout)
+        if isinstance(prompt, str) and len(prompt) >= _engine._LONG:
+            prompt = await self.tokenize(prompt, token=own)
+        embedding = self._engine.embed(prompt, token=own, priority=priority, request_id=request_id)
         await _Waiting(embedding).until(lambda: embedding.ended)
         return embedding.result()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import queue
 import socket
 import threading
 import time
@@ -69,6 +70,41 @@ class Hold:
                 self._changed.notify_all()
                 assert self._changed.wait_for(lambda: not self._reached, PATIENCE), "the engine was never released"
 
+
+class Reading:
+    """Stands in for a server's model, and turns a text into tokens only once that was cancelled, or this has ended."""
+
+    def __init__(self, model: lc.Model) -> None:
+        self._model = model
+        self._tokens: queue.Queue[lc.CancelToken] = queue.Queue()
+        self._over = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def tokenize(self, text: str, add_special: bool, parse_special: bool, token: lc.CancelToken) -> Any:
+        self._tokens.put(token)
+        eventually(lambda: token.cancelled or self._over.is_set())
+        return self._model.tokenize(text, add_special, parse_special, token)
+
+    def token(self) -> lc.CancelToken:
+        """The token of the next text, once that is being read."""
+        return self._tokens.get(timeout=PATIENCE)
+
+    def end(self) -> None:
+        """Hold nobody any more."""
+        self._over.set()
+
+
+_LONG_TEXT = "Go on. " * 1000
+LONG_TEXTS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": _LONG_TEXT}),
+    ("/v1/completions", {"prompt": _LONG_TEXT, "stream": True}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": _LONG_TEXT}]}),
+    ("/v1/embeddings", {"input": _LONG_TEXT}),
+    ("/tokenize", {"content": _LONG_TEXT}),
+]
+"""Endpoints, and bodies whose text is turned into tokens in a thread."""
 
 _numbers = itertools.count()
 
@@ -144,6 +180,17 @@ class Served:
         finally:
             self._hold = None
             hold.release()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Reading]:
+        """Within, a text that is turned into tokens takes until it is cancelled."""
+        reading = Reading(self.engine.model)
+        self.service.model = reading
+        try:
+            yield reading
+        finally:
+            self.service.model = self.engine.model
+            reading.end()
 
     def wait_known(self, *request_ids: str) -> None:
         """Wait until the engine has requests, which wait or run."""

@@ -10,7 +10,19 @@ import pytest
 
 import llamacancel as lc
 
-from .served import PATIENCE, Served, any_step, events_of, eventually, greedy, in_state, new_id, serving, tokens
+from .served import (
+    LONG_TEXTS,
+    PATIENCE,
+    Served,
+    any_step,
+    events_of,
+    eventually,
+    greedy,
+    in_state,
+    new_id,
+    serving,
+    tokens,
+)
 
 COMPLETIONS = "/v1/completions"
 
@@ -92,6 +104,43 @@ def test_delete_reaches_the_queue(llama: Served) -> None:
         assert askings[2].answer().status_code == 499
         hold.release()
     assert [asking.answer().status_code for asking in askings] == [200, 200, 499]
+
+
+@pytest.mark.parametrize(("path", "body"), LONG_TEXTS)
+def test_delete_reaches_a_text_that_is_turned_into_tokens(llama: Served, path: str, body: dict[str, Any]) -> None:
+    name = new_id("named")
+    with llama.reading() as reading:
+        asking = Asking(llama, path, body, name)
+        token = reading.token()
+        told = delete(llama, name)
+    assert token.reason == "cancelled by DELETE"
+    assert told.json() == {"id": name, "cancelled": True, "cancel_latency": told.json()["cancel_latency"]}
+    assert told.json()["cancel_latency"] >= 0
+    answer = asking.answer()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (499, "cancelled")
+    assert delete(llama, name).status_code == 404
+    assert llama.finished(name) is None, "the engine never knew it"
+
+
+@pytest.mark.parametrize(("path", "body"), LONG_TEXTS)
+def test_the_time_of_a_text_that_is_turned_into_tokens_ends(llama: Served, path: str, body: dict[str, Any]) -> None:
+    with llama.reading():
+        answer = llama.post(path, body, headers={"X-Request-Timeout": "0.05"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "deadline")
+
+
+def test_the_time_of_tokens_that_are_turned_into_text_ends(llama: Served) -> None:
+    answer = llama.post("/detokenize", {"tokens": [300] * 5000}, headers={"X-Request-Timeout": "0.000001"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "deadline")
+
+
+def test_an_id_is_in_use_from_its_arrival_on(llama: Served) -> None:
+    name = new_id("twice")
+    with llama.reading() as reading:
+        asking = Asking(llama, "/tokenize", {"content": "Go on. " * 1000}, name)
+        reading.token()
+        assert llama.post(COMPLETIONS, greedy([300], 2), headers={"X-Request-Id": name}).status_code == 409
+    assert asking.answer().status_code == 200
 
 
 def test_delete_can_take_one_of_several_answers(llama: Served) -> None:

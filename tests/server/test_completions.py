@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
+from typing import Any
 
 import pytest
 
 from ..conftest import prompt
-from .served import Served, events_of, greedy, text_of
+from .served import Served, any_step, events_of, greedy, new_id, text_of
 
 PATH = "/v1/completions"
 TEXT = "Once upon a time there was a"
@@ -91,6 +93,75 @@ def test_several_streams_are_told_apart_by_their_index(served: Served) -> None:
     assert texts == whole
     assert whole[0] == whole[1] != whole[2] == whole[3]
     assert ends == ["length"] * 4
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_echo_puts_each_prompt_before_its_answers(llama: Served, stream: bool) -> None:
+    model = llama.engine.model
+    given = [TEXT, "Wörter, 词"]
+    body = greedy([model.tokenize(text, add_special=False).tolist() for text in given], 6, n=2)
+    for prompts, prefixes in ((given, given), (body["prompt"], [model.detokenize(each) for each in body["prompt"]])):
+        body["prompt"] = prompts
+        plain = [choice["text"] for choice in llama.post(PATH, body).json()["choices"]]
+        answer = llama.post(PATH, {**body, "echo": True, "stream": stream})
+        texts = [""] * 4
+        for each in events_of(answer.text) if stream else [answer.json()]:
+            for choice in each["choices"]:
+                texts[choice["index"]] += choice["text"]
+        assert texts == [prefixes[index // 2] + text for index, text in enumerate(plain)]
+
+
+def test_an_echo_of_tokens_names_the_special_ones(llama: Served) -> None:
+    model = llama.engine.model
+    text = text_of(llama.post(PATH, greedy([model.eos, 300], 1, echo=True)))
+    assert text.startswith(model.token_to_piece(model.eos).decode())
+
+
+def test_an_echo_comes_even_if_there_is_no_answer(llama: Served) -> None:
+    name = new_id("late")
+    with llama.held(any_step) as hold:
+        answers: list[Any] = []
+        body = greedy(TEXT, 3, echo=True, stream=True)
+        asking = threading.Thread(
+            target=lambda: answers.append(llama.post(PATH, body, headers={"X-Request-Id": name})), daemon=True
+        )
+        asking.start()
+        llama.wait_known(name)
+        llama.engine.cancel(name)
+        hold.release()
+    asking.join(60)
+    choices = [event["choices"][0] for event in events_of(answers[0].text)]
+    assert [(choice["text"], choice["finish_reason"]) for choice in choices] == [(TEXT, "cancelled")]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (PATH, {"prompt": "x", "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}),
+        ("/v1/embeddings", {"input": "x"}),
+    ],
+)
+def test_a_priority_goes_first(llama: Served, path: str, body: dict[str, Any]) -> None:
+    names = [new_id("priority") for _ in range(4)]
+    priorities = [None, -3.0, 100, 7]
+    with llama.held(any_step) as hold:
+        busy = [llama.engine.submit("Something else", max_tokens=4) for _ in range(llama.engine.slots)]
+        hold.wait()
+        askings = []
+        for name, priority in zip(names, priorities, strict=True):
+            headers = {"X-Request-Id": name}
+            given = {**body, "priority": priority}
+            askings.append(threading.Thread(target=llama.post, args=(path, given), kwargs={"headers": headers}))
+            askings[-1].start()
+            llama.wait_known(name)
+        line = [(view.id, view.priority) for view in llama.engine.snapshot().queue if view.id in names]
+        assert line == [(names[2], 100), (names[3], 7), (names[0], 0), (names[1], -3)]
+        hold.release()
+    for asking in askings:
+        asking.join(60)
+    for generation in busy:
+        generation.result(60)
 
 
 def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(served: Served) -> None:

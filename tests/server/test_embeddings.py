@@ -57,10 +57,20 @@ def test_an_encoder_embeds_and_generates_nothing(model_of: Any) -> None:
         assert "encoder" in refused.json()["error"]["message"]
 
 
-def test_other_numbers_of_dimensions_are_refused(llama: Served) -> None:
+@pytest.mark.parametrize("as_base64", [False, True], ids=["float", "base64"])
+def test_fewer_dimensions_are_the_first_ones_again_of_length_one(llama: Served, as_base64: bool) -> None:
     n_embd = llama.engine.model.n_embd
-    assert llama.post(PATH, {"input": "x", "dimensions": n_embd}).status_code == 200
-    refused = llama.post(PATH, {"input": "x", "dimensions": n_embd - 1})
+    whole = vectors_of(llama.post(PATH, {"input": "One text"}).json())[0]
+    for n in (1, n_embd // 2, n_embd):
+        body = {"input": "One text", "dimensions": n, **({"encoding_format": "base64"} if as_base64 else {})}
+        given = llama.post(PATH, body).json()["data"][0]["embedding"]
+        vector = np.frombuffer(base64.b64decode(given), "<f4") if as_base64 else np.array(given, np.float32)
+        assert vector.shape == (n,)
+        assert np.allclose(vector, whole[:n] / np.linalg.norm(whole[:n]), atol=1e-5)
+
+
+def test_more_dimensions_than_there_are_are_refused(llama: Served) -> None:
+    refused = llama.post(PATH, {"input": "x", "dimensions": llama.engine.model.n_embd + 1})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "dimensions")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import struct
 import threading
@@ -12,14 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.requests import Request
 
-import llamacancel as lc
-from llamacancel.server.errors import ApiError
-from llamacancel.server.prompts import LONG, under_token
 from llamacancel.views import RequestView
 
 from .served import (
+    LONG_TEXTS,
     PATIENCE,
     Hold,
     Served,
@@ -265,17 +261,15 @@ def test_gives_the_slot_to_the_next_in_line(served: Served, known_text: KnownTex
     assert served.wait_finished(names[0]).finish_reason == "cancelled"
 
 
-@pytest.mark.parametrize(("gone", "timeout", "status"), [(True, None, 499), (False, 0.05, 408)])
-def test_while_a_long_text_is_turned_into_tokens(gone: bool, timeout: float | None, status: int) -> None:
-    async def receive() -> dict[str, Any]:
-        if not gone:
-            await asyncio.sleep(PATIENCE)
-        return {"type": "http.disconnect"}
-
-    def work(token: lc.CancelToken) -> None:
+@pytest.mark.parametrize(("path", "body"), LONG_TEXTS)
+def test_while_a_long_text_is_turned_into_tokens(llama: Served, path: str, body: dict[str, Any]) -> None:
+    quitter = new_id("quitter")
+    with llama.reading() as reading:
+        connection = llama.send(path, body, quitter)
+        token = reading.token()
+        connection.close()
+        llama.wait_noticed(quitter)
         assert token.wait(PATIENCE)
-        token.raise_if_cancelled()
-
-    with pytest.raises(ApiError) as told:
-        asyncio.run(under_token(Request({"type": "http"}, receive), timeout, LONG, work))
-    assert told.value.status == status
+    llama.wait_idle()
+    assert token.reason == "the client hung up"
+    assert llama.finished(quitter) is None

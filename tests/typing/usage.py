@@ -163,6 +163,7 @@ async def async_engines(model: lc.Model, engine: lc.Engine) -> None:
             assert_type(piece, lc.Piece)
         assert_type(await generation.result(), lc.GenerationResult)
         assert_type(await made.embed("text"), NDArray[np.float32])
+        assert_type(await made.tokenize("text"), NDArray[np.int32])
         assert_type(generation.generation, lc.Generation)
         async with made.submit([1]) as entered:
             assert_type(entered, lc.aio.Generation)

@@ -118,9 +118,10 @@ async def _read(generation: aio.Generation) -> None:
 def test_a_task_cancelled_between_two_pieces_stops_the_work_and_ends_when_the_slot_is_free(arch: str, how: str) -> None:
     async def main() -> None:
         async with aengine(arch) as e:
+            generation = aio.Generation(stalled(e.engine))  # first: the steps that it is held after are its own
             other = e.submit(ids(20, 1), max_tokens=20, sampler=greedy(), logprobs=2)
-            generation = aio.Generation(stalled(e.engine))
             task = asyncio.ensure_future(READ[how](generation))
+            await asyncio.sleep(0)  # a task that was not begun cannot be cancelled in what it awaits
             while len(generation.tokens) < 4:
                 await asyncio.sleep(0.001)
             task.cancel()
@@ -184,6 +185,103 @@ def test_an_embedding_whose_task_is_cancelled_is_dropped() -> None:
                 await asyncio.sleep(0)  # the task hears of it
             await finish(task)
             assert e.snapshot().recent[-1].finish_reason == "cancelled"
+
+    run(main)
+
+
+class Reading:
+    """Stands in for an engine's model, and turns a text into tokens only once that was cancelled or allowed."""
+
+    def __init__(self, e: aio.Engine) -> None:
+        self._model = e.engine.model
+        self.token: lc.CancelToken | None = None
+        self.reached = threading.Event()
+        self.allowed = threading.Event()
+        self.over = False
+        e.engine._model = self  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def tokenize(self, text: str, *, token: lc.CancelToken) -> Any:
+        self.token = token
+        self.reached.set()
+        while not (self.allowed.is_set() or token.cancelled):
+            self.allowed.wait(0.001)
+        self.over = True
+        return self._model.tokenize(text, token=token)
+
+
+LONG = "Go on. " * 1000
+
+
+async def embedded(e: aio.Engine) -> int:
+    """What a long text that is embedded and one that is only turned into tokens have in common."""
+    return len(await e.embed(LONG))
+
+
+async def tokenized(e: aio.Engine) -> int:
+    return len(await e.tokenize(LONG))
+
+
+reads = pytest.mark.parametrize("read", [tokenized, embedded])
+
+
+@reads
+def test_the_loop_goes_on_while_a_long_text_is_read(read: Callable[[aio.Engine], Awaitable[int]]) -> None:
+    async def main() -> None:
+        async with aengine(n_batch=4096) as e:
+            reading = Reading(e)
+            task = asyncio.ensure_future(read(e))
+            while not reading.reached.is_set():
+                await asyncio.sleep(0.001)
+            assert not task.done()
+            reading.allowed.set()
+            assert await task > 0
+
+    run(main)
+
+
+def test_a_text_has_the_tokens_that_the_model_gives_it() -> None:
+    async def main() -> None:
+        async with aengine() as e:
+            assert (await e.tokenize(LONG)).tolist() == model("llama").tokenize(LONG).tolist()
+            with pytest.raises(lc.DeadlineExceeded):
+                await e.tokenize(LONG, timeout=1e-9)
+        with pytest.raises(lc.ClosedError):
+            await e.tokenize(LONG)
+
+    run(main)
+
+
+@reads
+@pytest.mark.parametrize("how", ["task", "anyio"])
+def test_a_task_cancelled_while_a_text_is_read_stops_that_and_waits_for_its_end(
+    how: str, read: Callable[[aio.Engine], Awaitable[int]]
+) -> None:
+    async def main() -> None:
+        async with aengine() as e:
+            reading = Reading(e)
+            scope = anyio.CancelScope()
+
+            async def within() -> None:
+                with scope:
+                    await read(e)
+                assert how == "anyio"
+
+            task = asyncio.ensure_future(within())
+            while not reading.reached.is_set():
+                await asyncio.sleep(0.001)
+            if how == "anyio":
+                scope.cancel()
+                await task
+            else:
+                task.cancel()
+                await finish(task)
+            assert reading.over
+            assert reading.token is not None
+            assert reading.token.reason == "the asyncio task was cancelled"
+            assert e.snapshot().recent == ()
 
     run(main)
 

@@ -1,6 +1,6 @@
 """Runs what an HTTP request asks for and answers it, whole or as a stream, while watching whether its client is there.
 
-The answer ends only when the slots are free again, however it ends.
+Each request has a group from its arrival on, with a token that reaches all of it: the reading of its text, too.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,6 @@ from .. import aio
 from .._sampler import Sampler
 from ..errors import ClosedError, DecodeCancelled, LlamaCancelError, QueueFullError
 from ..generation import Piece
-from .disconnect import watched
 from .errors import NO_RETRY, ApiError, error_body
 from .service import Group, Service
 from .sse import DONE, EventStream
@@ -36,7 +35,7 @@ class Job:
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     logprobs: int | None = None
-    timeout: float | None = None
+    priority: int = 0
 
     @property
     def each(self) -> int:
@@ -105,50 +104,57 @@ class _Run:
     """The generations of a request and the forms of their answers."""
 
     group: Group
+    job: Job
     generations: list[aio.Generation] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
 
 
 class GenerationResponse(Response):
-    """Submits a job when it is sent, and answers with what comes of it.
+    """Prepares and submits a job when it is sent, and answers with what comes of it.
 
     Args:
         service: The app's.
         request_id: The id of the HTTP request.
-        job: What to generate.
+        prepare: Tells what to generate, under the request's token.
         form: How to tell it.
+        timeout: Seconds for all of it.
         stream: As events, or whole.
     """
 
-    def __init__(self, service: Service, request_id: str, job: Job, form: Form, *, stream: bool) -> None:
+    def __init__(
+        self,
+        service: Service,
+        request_id: str,
+        prepare: Callable[[Group], Awaitable[Job]],
+        form: Form,
+        *,
+        timeout: float | None,
+        stream: bool,
+    ) -> None:
         super().__init__()
-        self._service, self._id, self._job, self._form, self._stream = service, request_id, job, form, stream
+        self._service, self._id, self._prepare, self._form = service, request_id, prepare, form
+        self._timeout, self._stream = timeout, stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._service.group(self._id, self._form.endpoint) as group:
-            run = _Run(group)
-            try:
+        with contextlib.suppress(OSError):
+            async with self._service.group(self._id, self._form.endpoint, self._timeout, receive) as group:
+                run = _Run(group, await self._prepare(group))
+                group.check()
                 with refusals(self._service):
                     self._submit(run)
-                async with watched(receive, group.hang_up):
-                    await (self._send_stream(run, send) if self._stream else self._send_whole(run, send))
-            except OSError:  # some servers tell a hang-up so when something is sent
-                group.hang_up()
-            finally:
-                group.cancel("the request was given up")
-                await group.settle()
-                self._service.count(group)
+                await (self._send_stream(run, send) if self._stream else self._send_whole(run, send))
 
     def _submit(self, run: _Run) -> None:
         """Queue every generation, or none: whoever is refused takes those before it along."""
-        job = self._job
+        job = run.job
         several = len(job.samplers) > 1
         for index, sampler in enumerate(job.samplers):
             generation = self._service.aio.submit(
                 job.prompts[index // job.each],
                 max_tokens=job.max_tokens,
                 sampler=sampler,
-                timeout=job.timeout,
+                token=run.group.token,
+                priority=job.priority,
                 stop=job.stop,
                 logprobs=job.logprobs,
                 request_id=f"{self._id}.{index}" if several else self._id,
@@ -156,6 +162,7 @@ class GenerationResponse(Response):
             run.generations.append(generation)
             run.group.works.append(generation)
             run.choices.append(self._form.choice(index))
+        run.group.arrived.set()
 
     # -- whole
 
@@ -172,7 +179,7 @@ class GenerationResponse(Response):
             choice.whole(generation.text, generation.tokens, generation.finish_reason or "error")
             for choice, generation in zip(run.choices, run.generations, strict=True)
         ]
-        body = self._form.answer(choices, usage_of(run.generations, self._job.each))
+        body = self._form.answer(choices, usage_of(run.generations, run.job.each))
         data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -195,7 +202,7 @@ class GenerationResponse(Response):
                 )
             last = b""
             if self._form.include_usage:
-                last = self._form.usage_event(usage_of(run.generations, self._job.each))
+                last = self._form.usage_event(usage_of(run.generations, run.job.each))
             await stream.end(last + DONE)
         finally:
             stream.stop()

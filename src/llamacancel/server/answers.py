@@ -10,6 +10,7 @@ __all__ = [
     "ERRORS",
     "GENERATION_ERRORS",
     "STREAMED",
+    "TOKEN_ERRORS",
     "Cancelled",
     "ChatCompletion",
     "Completion",
@@ -294,9 +295,10 @@ GENERATION_ERRORS = _errors(
         503: "The server is shutting down.",
     }
 )
+TOKEN_ERRORS: _Responses = {status: GENERATION_ERRORS[status] for status in (408, 409, 499)}
 STREAMED: _Responses = {
     200: {
         "description": "The answer; with `stream`, as events that end with `data: [DONE]`.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     }
 }

@@ -19,7 +19,7 @@ from .errors import ApiError
 from .logprobs import chat_logprobs
 from .prompts import check_room, make_samplers, under_token
 from .schemas import ChatBody, JsonSchemaFormat, Message, NamedTool, TextPart
-from .service import Service, TimeoutHeader
+from .service import Group, Service, TimeoutHeader
 from .sse import event
 from .templates import TemplateFailed, chat_tokens
 from .tools import ToolCall, ToolCallReader, tool_call_schema, with_tags
@@ -46,18 +46,21 @@ async def create_chat_completion(
     """Answer messages through the model's chat template. A client that hangs up cancels the answer."""
     service: Service = request.app.state.service
     timeout = service.timeout(body.timeout, x_request_timeout)
-    prompt = await _prompt(request, service, body, timeout)
-    count = body.n or 1
-    check_room(service.engine, [prompt], count)
-    grammar, root = await _grammar(body)
-    job = Job(
-        prompts=[prompt],
-        samplers=await make_samplers(service.model, body, count, grammar, root),
-        max_tokens=body.max_completion_tokens or body.max_tokens,
-        stop=body.stops,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        timeout=timeout,
-    )
+
+    async def prepare(group: Group) -> Job:
+        prompt = await _prompt(group, service, body)
+        count = body.n or 1
+        check_room(service.engine, [prompt], count)
+        grammar, root = await _grammar(body)
+        return Job(
+            prompts=[prompt],
+            samplers=await make_samplers(service.model, body, count, grammar, root),
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            stop=body.stops,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            priority=body.priority or 0,
+        )
+
     form = _ChatForm(
         request.state.request_id,
         service.model_name,
@@ -65,10 +68,12 @@ async def create_chat_completion(
         tools=[tool.function.name for tool in body.tools or ()] if body.tool_choice != "none" else [],
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )
-    return GenerationResponse(service, request.state.request_id, job, form, stream=bool(body.stream))
+    return GenerationResponse(
+        service, request.state.request_id, prepare, form, timeout=timeout, stream=bool(body.stream)
+    )
 
 
-async def _prompt(request: Request, service: Service, body: ChatBody, timeout: float | None) -> list[int]:
+async def _prompt(group: Group, service: Service, body: ChatBody) -> list[int]:
     """The messages as tokens."""
     template = service.template
     messages = [_template_message(message, template.knows_developer) for message in body.messages]
@@ -79,7 +84,7 @@ async def _prompt(request: Request, service: Service, body: ChatBody, timeout: f
         return chat_tokens(service.model, text, token)
 
     try:
-        return await under_token(request, timeout, sum(len(str(message["content"])) for message in messages), make)
+        return await under_token(group, sum(len(str(message["content"])) for message in messages), make)
     except TemplateFailed as error:
         raise ApiError(400, str(error), param="messages", code="chat_template_error") from error
     except ValueError as error:

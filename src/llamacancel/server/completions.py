@@ -14,9 +14,9 @@ from ..generation import Piece, TokenInfo
 from . import answers
 from .answer import Choice, GenerationResponse, Job
 from .logprobs import completion_logprobs
-from .prompts import check_room, make_samplers, prompt_tokens
+from .prompts import check_room, make_samplers, prompt_texts, prompt_tokens
 from .schemas import CompletionBody
-from .service import Service, TimeoutHeader
+from .service import Group, Service, TimeoutHeader
 from .sse import event
 
 __all__ = ["router"]
@@ -42,33 +42,47 @@ async def create_completion(
     """Continue one or several prompts. A client that hangs up cancels them."""
     service: Service = request.app.state.service
     timeout = service.timeout(body.timeout, x_request_timeout)
-    prompts = await prompt_tokens(request, service.model, body.prompt, "prompt", timeout)
-    count = len(prompts) * (body.n or 1)
-    check_room(service.engine, prompts, count)
-    job = Job(
-        prompts=prompts,
-        samplers=await make_samplers(service.model, body, count, body.grammar),
-        max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
-        stop=body.stops,
-        logprobs=body.logprobs,
-        timeout=timeout,
-    )
+
+    async def prepare(group: Group) -> Job:
+        prompts = await prompt_tokens(group, service.model, body.prompt, "prompt")
+        count = len(prompts) * (body.n or 1)
+        check_room(service.engine, prompts, count)
+        if body.echo:
+            form.echoes = await prompt_texts(service.model, body.prompt)
+        return Job(
+            prompts=prompts,
+            samplers=await make_samplers(service.model, body, count, body.grammar),
+            max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
+            stop=body.stops,
+            logprobs=body.logprobs,
+            priority=body.priority or 0,
+        )
+
     form = _CompletionForm(
         request.state.request_id,
         service.model_name,
+        each=body.n or 1,
         logprobs=body.logprobs is not None,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )
-    return GenerationResponse(service, request.state.request_id, job, form, stream=bool(body.stream))
+    return GenerationResponse(
+        service, request.state.request_id, prepare, form, timeout=timeout, stream=bool(body.stream)
+    )
 
 
 class _CompletionForm:
-    """Answers as OpenAI's completions."""
+    """Answers as OpenAI's completions.
+
+    Attributes:
+        echoes: Text to put in front of the answers to each prompt; none: nothing.
+    """
 
     endpoint = ENDPOINT
 
-    def __init__(self, request_id: str, model: str, *, logprobs: bool, include_usage: bool) -> None:
+    def __init__(self, request_id: str, model: str, *, each: int, logprobs: bool, include_usage: bool) -> None:
         self.include_usage = include_usage
+        self.echoes: list[str] = []
+        self._each = each
         self.logprobs = logprobs
         self.head: dict[str, Any] = {
             "id": f"cmpl-{request_id}",
@@ -78,7 +92,7 @@ class _CompletionForm:
         }
 
     def choice(self, index: int) -> Choice:
-        return _CompletionChoice(self, index)
+        return _CompletionChoice(self, index, self.echoes[index // self._each] if self.echoes else "")
 
     def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return {**self.head, "choices": choices, "usage": usage}
@@ -90,8 +104,9 @@ class _CompletionForm:
 class _CompletionChoice:
     """One of the answers."""
 
-    def __init__(self, form: _CompletionForm, index: int) -> None:
-        self._form, self._index, self._offset = form, index, 0
+    def __init__(self, form: _CompletionForm, index: int, echo: str) -> None:
+        self._form, self._index, self._echo, self._offset = form, index, echo, 0
+        self._to_echo = echo  # what a stream has not told yet
         head = json.dumps({**form.head, "choices": []}, separators=(",", ":"), ensure_ascii=False)
         self._start = f'data: {head[:-2]}{{"index":{index},"text":'
         self._end = "}]" + (',"usage":null' if form.include_usage else "") + "}\n\n"
@@ -108,15 +123,19 @@ class _CompletionChoice:
             return
         logprobs = completion_logprobs(piece.tokens, self._offset) if self._form.logprobs else None
         self._offset += len(piece)
-        yield self._event(str(piece), logprobs, None)
+        yield self._event(self._with_echo(str(piece)), logprobs, None)
 
     def end(self, finish_reason: str) -> Iterable[bytes]:
-        yield self._event("", None, finish_reason)
+        yield self._event(self._with_echo(""), None, finish_reason)
+
+    def _with_echo(self, text: str) -> str:
+        echo, self._to_echo = self._to_echo, ""
+        return echo + text
 
     def whole(self, text: str, tokens: Sequence[TokenInfo], finish_reason: str) -> dict[str, Any]:
         return {
             "index": self._index,
-            "text": text,
+            "text": self._echo + text,
             "logprobs": completion_logprobs(tokens, 0) if self._form.logprobs else None,
             "finish_reason": finish_reason,
         }

@@ -14,14 +14,12 @@ from numpy.typing import NDArray
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .._cancel import CancelToken
 from ..errors import QueueFullError
 from ..generation import Embedding
 from ..views import RequestView
 from . import answers
 from .answer import failure, refusals
-from .disconnect import watched
-from .errors import NO_RETRY, ApiError
+from .errors import ApiError
 from .prompts import prompt_tokens
 from .schemas import EmbeddingsBody
 from .service import Group, Service, TimeoutHeader
@@ -49,12 +47,9 @@ async def create_embeddings(
     """One vector of length 1 for each input. A client that hangs up cancels what is not done."""
     service: Service = request.app.state.service
     timeout = service.timeout(body.timeout, x_request_timeout)
-    if body.dimensions is not None and body.dimensions != service.model.n_embd:
+    if body.dimensions is not None and body.dimensions > service.model.n_embd:
         raise ApiError(400, f"this model's vectors have {service.model.n_embd} dimensions", param="dimensions")
-    prompts = await prompt_tokens(request, service.model, body.input, "input", timeout)
-    return _EmbeddingsResponse(
-        service, request.state.request_id, prompts, timeout, as_base64=body.encoding_format == "base64"
-    )
+    return _EmbeddingsResponse(service, request.state.request_id, body, timeout)
 
 
 class _AwaitableEmbedding:
@@ -92,38 +87,30 @@ class _AwaitableEmbedding:
 class _EmbeddingsResponse(Response):
     """Submits the inputs when it is sent, a few at a time, and answers with their vectors."""
 
-    def __init__(
-        self, service: Service, request_id: str, prompts: list[list[int]], timeout: float | None, *, as_base64: bool
-    ) -> None:
+    def __init__(self, service: Service, request_id: str, body: EmbeddingsBody, timeout: float | None) -> None:
         super().__init__()
-        self._service, self._id, self._prompts = service, request_id, prompts
-        self._token = CancelToken(timeout=timeout)
-        self._as_base64 = as_base64
+        self._service, self._id, self._body, self._timeout = service, request_id, body, timeout
+        self._prompts: list[list[int]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._service.group(self._id, ENDPOINT) as group:
-            works: list[_AwaitableEmbedding] = []
-            try:
+        with contextlib.suppress(OSError):
+            async with self._service.group(self._id, ENDPOINT, self._timeout, receive) as group:
+                self._prompts = await prompt_tokens(group, self._service.model, self._body.input, "input")
+                works: list[_AwaitableEmbedding] = []
                 with refusals(self._service):
                     self._submit(group, works)
-                async with watched(receive, group.hang_up):
-                    with refusals(self._service):
-                        await self._submit_rest(group, works)
-                    await group.settle()
-                    await self._send_answer(group, works, send)
-            except OSError:  # some servers tell a hang-up so when something is sent
-                group.hang_up()
-            finally:
-                group.cancel("the request was given up")
+                    await self._submit_rest(group, works)
+                group.arrived.set()
                 await group.settle()
-                self._service.count(group)
+                await self._send_answer(group, works, send)
 
     def _submit(self, group: Group, works: list[_AwaitableEmbedding]) -> None:
         """Queue the next input."""
         index = len(works)
         embedding = self._service.engine.embed(
             self._prompts[index],
-            token=self._token,
+            token=group.token,
+            priority=self._body.priority or 0,
             request_id=f"{self._id}.{index}" if len(self._prompts) > 1 else self._id,
         )
         works.append(_AwaitableEmbedding(embedding))
@@ -140,7 +127,7 @@ class _EmbeddingsResponse(Response):
             try:
                 self._submit(group, works)
             except QueueFullError:
-                if self._token.cancelled:
+                if group.token.cancelled:
                     return
                 await asyncio.sleep(FULL_SECONDS)
 
@@ -148,10 +135,10 @@ class _EmbeddingsResponse(Response):
         if group.disconnected:
             return
         error = failure([work.embedding for work in works], partial=False)
-        if error is None and len(works) < len(self._prompts):
-            error = ApiError(408, "the request's time was over before its answer", code="deadline", headers=NO_RETRY)
         if error is not None:
             raise error
+        if len(works) < len(self._prompts):
+            group.check()
         data = [self._item(index, work.embedding.result(0)) for index, work in enumerate(works)]
         tokens = sum(work.embedding.usage.prompt_tokens for work in works)
         body: dict[str, Any] = {
@@ -166,9 +153,10 @@ class _EmbeddingsResponse(Response):
         await send({"type": "http.response.body", "body": content})
 
     def _item(self, index: int, vector: NDArray[np.float32]) -> dict[str, Any]:
+        vector = vector[: self._body.dimensions]
         length = float(np.linalg.norm(vector))
         unit = vector / length if length > 0 else vector
         given: Any = unit.tolist()
-        if self._as_base64:
+        if self._body.encoding_format == "base64":
             given = base64.b64encode(unit.astype("<f4").tobytes()).decode()
         return {"object": "embedding", "index": index, "embedding": given}

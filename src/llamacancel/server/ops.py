@@ -12,9 +12,9 @@ from . import answers
 from .errors import ApiError
 from .events import EventsResponse
 from .metrics import CONTENT_TYPE
-from .prompts import in_thread_if_long, under_token
+from .prompts import under_token
 from .schemas import DetokenizeBody, TokenizeBody
-from .service import Service
+from .service import Service, TimeoutHeader
 from .snapshots import Snapshots
 
 __all__ = ["router"]
@@ -68,24 +68,38 @@ async def get_model(request: Request, model: str) -> Response:
 async def cancel_request(
     request: Request, request_id: Annotated[str, Path(description="As in the header X-Request-Id of its answer.")]
 ) -> Response:
-    """Cancel a request: all its generations, or one of several by its own id. Answers when the slots are free."""
-    service = _service(request)
-    works = service.find(request_id)
-    cancelled = [work.cancel("cancelled by DELETE") for work in works]
-    if not works:  # it may have come from beside the server, through the same engine
-        cancelled = [service.engine.cancel(request_id, "cancelled by DELETE")]
-    if not any(cancelled):
+    """Cancel a request: all of it, or one of several generations by its own id. Answers when the slots are free."""
+    cancelled, latency = await _cancel(_service(request), request_id)
+    if not cancelled:
         raise ApiError(404, f"there is no unfinished request {request_id[:200]}", code="request_not_found")
-    for work in works:
+    return JSONResponse({"id": request_id, "cancelled": True, "cancel_latency": latency})
+
+
+async def _cancel(service: Service, request_id: str) -> tuple[bool, float | None]:
+    """Whether there was an unfinished request; and the seconds until its slots were free, if we know."""
+    reason = "cancelled by DELETE"
+    group = service.groups.get(request_id)
+    if group is not None:
+        if not group.cancel(reason):
+            return False, None
+        await group.settle()
+        return True, group.cancel_latency
+    work = service.find(request_id)
+    if work is not None:
+        if not work.cancel(reason):
+            return False, None
         await work.wait()
-    latencies = [view.cancel_latency for view in (work.view() for work in works) if view.cancel_latency is not None]
-    return JSONResponse({"id": request_id, "cancelled": True, "cancel_latency": max(latencies, default=None)})
+        return True, work.view().cancel_latency
+    return service.engine.cancel(request_id, reason), None  # from beside the server, through the same engine
 
 
-@router.post("/tokenize", response_model=answers.Tokenized, responses=answers.ERRORS, tags=["tokens"])
-async def tokenize(request: Request, body: TokenizeBody) -> Response:
+@router.post(
+    "/tokenize", response_model=answers.Tokenized, responses=answers.ERRORS | answers.TOKEN_ERRORS, tags=["tokens"]
+)
+async def tokenize(request: Request, body: TokenizeBody, x_request_timeout: TimeoutHeader = None) -> Response:
     """The tokens of a text."""
-    model = _service(request).model
+    service = _service(request)
+    model, timeout = service.model, service.timeout(None, x_request_timeout)
 
     def work(token: CancelToken) -> dict[str, Any]:
         try:
@@ -95,18 +109,26 @@ async def tokenize(request: Request, body: TokenizeBody) -> Response:
         pieces = [model.token_to_piece(token).decode("utf-8", "replace") for token in tokens]
         return {"tokens": tokens, "pieces": pieces if body.with_pieces else None}
 
-    return JSONResponse(await under_token(request, None, len(body.content), work))
+    async with service.group(request.state.request_id, "/tokenize", timeout, request.receive) as group:
+        return JSONResponse(await under_token(group, len(body.content), work))
 
 
-@router.post("/detokenize", response_model=answers.Detokenized, responses=answers.ERRORS, tags=["tokens"])
-async def detokenize(request: Request, body: DetokenizeBody) -> Response:
-    """The text of tokens."""
-    model = _service(request).model
-    try:
-        text = await in_thread_if_long(len(body.tokens), lambda: model.detokenize(body.tokens, unparse_special=True))
-    except ValueError as error:
-        raise ApiError(400, str(error), param="tokens") from error
-    return JSONResponse({"content": text})
+@router.post(
+    "/detokenize", response_model=answers.Detokenized, responses=answers.ERRORS | answers.TOKEN_ERRORS, tags=["tokens"]
+)
+async def detokenize(request: Request, body: DetokenizeBody, x_request_timeout: TimeoutHeader = None) -> Response:
+    """The text of tokens. Once begun it is not stopped in between: if the time is over by then, that is told."""
+    service = _service(request)
+    model, timeout = service.model, service.timeout(None, x_request_timeout)
+
+    def work(_: CancelToken) -> str:
+        try:
+            return model.detokenize(body.tokens, unparse_special=True)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="tokens") from error
+
+    async with service.group(request.state.request_id, "/detokenize", timeout, request.receive) as group:
+        return JSONResponse({"content": await under_token(group, len(body.tokens), work)})
 
 
 @router.get(
@@ -144,7 +166,7 @@ async def slots(request: Request) -> Response:
 @router.get(
     "/events",
     response_class=Response,
-    responses=answers.ERRORS | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=answers.ERRORS | {200: {"content": {"text/event-stream": {}}}},
     tags=["state"],
 )
 async def events(request: Request) -> Response:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio.to_thread
-from fastapi import Request
 
 from .._cancel import CancelToken
 from .._model import Model
 from .._sampler import Sampler
 from ..engine import Engine
-from ..errors import DeadlineExceeded, DecodeCancelled
-from .disconnect import watched
-from .errors import NO_RETRY, ApiError
+from ..errors import DecodeCancelled
+from .errors import ApiError
 from .schemas import GenerationBody, Prompt
+from .service import Group
 
-__all__ = ["check_room", "in_thread_if_long", "make_samplers", "prompt_tokens", "under_token"]
+__all__ = ["check_room", "in_thread_if_long", "make_samplers", "prompt_texts", "prompt_tokens", "under_token"]
 
 LONG = 4096
 """Characters from which on text is worked on in a thread, so that other clients' streams do not wait for it."""
@@ -31,35 +30,28 @@ async def in_thread_if_long(size: int, work: Callable[[], _T]) -> _T:
     return work() if size < LONG else await anyio.to_thread.run_sync(work)
 
 
-async def under_token(request: Request, timeout: float | None, size: int, work: Callable[[CancelToken], _T]) -> _T:
-    """Do work on text of a size as `in_thread_if_long`, under a token that a client's hang-up cancels.
+async def under_token(group: Group, size: int, work: Callable[[CancelToken], _T]) -> _T:
+    """Do work on text of a size as `in_thread_if_long`, under the token of a request.
 
     Args:
-        request: Whose client is watched meanwhile.
-        timeout: Seconds that the request has.
+        group: The request's.
         size: Characters of the text.
         work: Takes the token.
 
     Raises:
-        ApiError: 408, if the time was over; 499, if the client hung up.
+        ApiError: As `Group.check`.
     """
-    if size < LONG:  # the engine tells what is over by then
-        return work(CancelToken())
-    token = CancelToken(timeout=timeout)
+    group.check()
     try:
-        async with watched(request.receive, lambda: token.cancel("the client hung up")):
-            return await anyio.to_thread.run_sync(work, token)
-    except DeadlineExceeded as error:
-        raise ApiError(
-            408, "the request's time was over before its text was read", code="deadline", headers=NO_RETRY
-        ) from error
-    except DecodeCancelled as error:
-        raise ApiError(499, f"the request was cancelled: {error.reason}", code="cancelled", headers=NO_RETRY) from error
+        done = await in_thread_if_long(size, lambda: work(group.token))
+    except DecodeCancelled:
+        group.check()
+        raise
+    group.check()
+    return done
 
 
-async def prompt_tokens(
-    request: Request, model: Model, prompt: Prompt, param: str, timeout: float | None
-) -> list[list[int]]:
+async def prompt_tokens(group: Group, model: Model, prompt: Prompt, param: str) -> list[list[int]]:
     """The prompts of a body, which has them in a field `param`, as token ids.
 
     Text gets the special tokens that the model wants, a BOS only once, and its own special tokens are read as such.
@@ -68,7 +60,7 @@ async def prompt_tokens(
         ApiError: 400, if a prompt is empty, cannot be tokenized, or has tokens that the model does not know; as
             `under_token`.
     """
-    given = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    given = _each_of(prompt)
 
     def tokenize(token: CancelToken) -> list[list[int]]:
         return [
@@ -76,7 +68,22 @@ async def prompt_tokens(
             for each in given
         ]
 
-    return await under_token(request, timeout, sum(len(each) for each in given if isinstance(each, str)), tokenize)
+    return await under_token(group, sum(len(each) for each in given if isinstance(each, str)), tokenize)
+
+
+async def prompt_texts(model: Model, prompt: Prompt) -> list[str]:
+    """The prompts of a body as text. Token ids give theirs, with the names of special tokens."""
+    given = _each_of(prompt)
+
+    def texts() -> list[str]:
+        return [each if isinstance(each, str) else model.detokenize(each, unparse_special=True) for each in given]
+
+    return await in_thread_if_long(sum(len(each) for each in given if not isinstance(each, str)), texts)
+
+
+def _each_of(prompt: Prompt) -> list[Any]:
+    """The prompts of a body, each of them a text or token ids."""
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
 def _text_tokens(model: Model, text: str, param: str, token: CancelToken) -> list[int]:

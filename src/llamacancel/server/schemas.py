@@ -39,6 +39,8 @@ Whole = BeforeValidator(_whole)
 Count = Annotated[int, Field(ge=1, le=2**31 - 1), Whole]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), Whole]
 Text = Annotated[str, Field(min_length=1)]
+Priority = Annotated[int, Field(ge=-100, le=100), Whole]
+PRIORITY = "Higher goes first in the queue; 0 if left out. A level is worth some seconds of waiting."
 
 
 class Body(BaseModel):
@@ -81,6 +83,7 @@ class GenerationBody(Body):
     timeout: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None, description="Seconds for queue, prompt and answer together; afterwards the request is cancelled."
     )
+    priority: Priority | None = Field(None, description=PRIORITY)
     user: str | None = None
 
     @property
@@ -116,13 +119,15 @@ class CompletionBody(GenerationBody):
         None, description="How many of the likeliest tokens to tell for each token of the answer."
     )
     best_of: Annotated[int, Whole] | None = Field(None, description="Only as many as n.")
-    echo: bool | None = Field(None, description="Not supported: only false.")
+    echo: bool | None = Field(
+        None, description="Put the text of the prompt in front of the answer. Not together with logprobs."
+    )
     suffix: str | None = Field(None, description="Not supported: only null.")
 
     @model_validator(mode="after")
     def _check_supported(self) -> CompletionBody:
-        if self.echo:
-            raise ValueError("echo is not supported: the answer never contains the prompt")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo is not supported together with logprobs: those of the prompt are not computed")
         if self.suffix:
             raise ValueError("suffix is not supported")
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -296,8 +301,12 @@ class EmbeddingsBody(Body):
     input: Prompt = Field(description="Text, texts, token ids, or lists of token ids.")
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Count | None = Field(None, description="Only the model's own number.")
+    dimensions: Count | None = Field(
+        None,
+        description="Give only the first so many components, again with length 1: for models that were trained for it.",
+    )
     timeout: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    priority: Priority | None = Field(None, description=PRIORITY)
     user: str | None = None
 
 

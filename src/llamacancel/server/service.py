@@ -6,18 +6,21 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
 from fastapi import Header
 from pydantic import WithJsonSchema
+from starlette.types import Receive
 
 from .. import aio
+from .._cancel import CancelToken, Cause
 from .._model import Model
 from ..engine import Engine
 from ..views import RequestView
-from .errors import ApiError
+from .disconnect import watched
+from .errors import NO_RETRY, ApiError
 from .metrics import Metrics
 from .templates import ChatTemplate, TemplateFailed
 
@@ -45,17 +48,27 @@ class Work(Protocol):
 
 @dataclass
 class Group:
-    """What one HTTP request has the engine do: cancelled together, under the request's id."""
+    """An HTTP request on its way, and what it has the engine do: cancelled together, under the request's id.
+
+    Attributes:
+        token: The parent of all that is done for it, from its arrival on; it has the request's deadline.
+        works: What the engine does.
+        arrived: Set once the engine has all of it, or will get no more.
+        disconnected: The client hung up.
+    """
 
     id: str
     endpoint: str
+    token: CancelToken
     works: list[Work] = field(default_factory=list)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
     disconnected: bool = False
 
     def cancel(self, reason: str = "") -> bool:
         """Cancel all that is not finished; whether there was any."""
         cancelled = [work.cancel(reason) for work in self.works]
-        return any(cancelled)
+        was_first = self.token.cancel(reason)
+        return any(cancelled) or (was_first and not self.arrived.is_set())
 
     def hang_up(self) -> None:
         """Cancel because the client is gone."""
@@ -64,8 +77,30 @@ class Group:
 
     async def settle(self) -> None:
         """Return when all is finished and the slots are free."""
+        await self.arrived.wait()
         for work in self.works:
             await work.wait()
+
+    def check(self) -> None:
+        """Do nothing, unless the token was cancelled.
+
+        Raises:
+            ApiError: 408, if the time is over; 499, if the request was cancelled, by its client's hang-up perhaps.
+        """
+        if not self.token.cancelled:
+            return
+        if self.token.cause is Cause.DEADLINE:
+            raise ApiError(408, "the request's time was over before its answer", code="deadline", headers=NO_RETRY)
+        raise ApiError(499, f"the request was cancelled: {self.token.reason}", code="cancelled", headers=NO_RETRY)
+
+    @property
+    def cancel_latency(self) -> float | None:
+        """Seconds from the cancel to its slots being free; of one that had none yet, to its being given up: now."""
+        if self.works:
+            views = [work.view() for work in self.works]
+            return max((view.cancel_latency for view in views if view.cancel_latency is not None), default=None)
+        since = self.token.cancelled_at
+        return None if since is None else max(time.monotonic() - since, 0.0)
 
 
 class Service:
@@ -127,9 +162,19 @@ class Service:
         """The seconds that a request has: the least of what its body, its header and the server say."""
         return min((value for value in (body, header, self.request_timeout) if value is not None), default=None)
 
-    @contextlib.contextmanager
-    def group(self, request_id: str, endpoint: str) -> Iterator[Group]:
-        """A group for a request, known under its id for as long as it lasts.
+    @contextlib.asynccontextmanager
+    async def group(
+        self, request_id: str, endpoint: str, timeout: float | None, receive: Receive
+    ) -> AsyncIterator[Group]:
+        """A group for a request, known under its id for as long as it lasts, and cancelled when its client hangs up.
+
+        It ends when the slots are free again, however it ends.
+
+        Args:
+            request_id: Its id.
+            endpoint: What it asks.
+            timeout: Seconds that it has from now on.
+            receive: The request's own; its body has been read.
 
         Raises:
             ApiError: 409, if a request with this id is on its way.
@@ -142,22 +187,30 @@ class Service:
                 code="duplicate_request_id",
                 headers={"x-should-retry": "false"},
             )
-        group = self.groups[request_id] = Group(request_id, endpoint)
+        group = self.groups[request_id] = Group(request_id, endpoint, CancelToken(timeout=timeout))
         try:
-            yield group
+            async with watched(receive, group.hang_up):
+                yield group
+        except OSError:  # some servers tell a hang-up so when something is sent
+            group.hang_up()
+            raise
         finally:
-            del self.groups[request_id]
+            group.cancel("the request was given up")
+            group.arrived.set()
+            try:
+                await group.settle()
+                self.count(group)
+            finally:
+                del self.groups[request_id]
 
-    def find(self, request_id: str) -> list[Work]:
-        """The unfinished work under the id of an HTTP request, or of one of its generations."""
-        if request_id in self.groups:
-            return list(self.groups[request_id].works)
-        return [work for group in self.groups.values() for work in group.works if work.id == request_id]
+    def find(self, request_id: str) -> Work | None:
+        """The unfinished work with an id of its own."""
+        return next((work for group in self.groups.values() for work in group.works if work.id == request_id), None)
 
     def count(self, group: Group) -> None:
         """Count what became of a group that has ended."""
         views = [work.view() for work in group.works]
-        if group.disconnected and any(view.finish_reason == "cancelled" for view in views):
+        if group.disconnected and (not views or any(view.finish_reason == "cancelled" for view in views)):
             self.metrics.disconnected(group.endpoint)
         for view in views:
             self.metrics.ended(group.endpoint, view)
@@ -179,7 +232,9 @@ class Service:
         return lambda: self._on_close.discard(call)
 
     def cancel_all(self, reason: str) -> None:
-        """Cancel every request of the engine."""
+        """Cancel every request, those of the engine that came from elsewhere, too."""
+        for group in self.groups.values():
+            group.cancel(reason)
         now = self.engine.snapshot()
         for view in (*now.queue, *now.active):
             self.engine.cancel(view.id, reason)
