@@ -18,6 +18,8 @@ class RequestView:
         id: Its name.
         kind: "generation" or "embedding".
         state: "queued", "prefill", "decode" or "finished".
+        waits_for_memory: It could go on but for memory, which others hold: the first in line though a slot is idle, one
+            that had to make room, or one whose prompt finds no cells.
         priority: Higher goes first.
         slot: The slot that it runs in, or ran in; None if it never had one.
         prompt_tokens: Tokens of its prompt.
@@ -33,6 +35,7 @@ class RequestView:
     id: str
     kind: Literal["generation", "embedding"]
     state: RequestState
+    waits_for_memory: bool
     priority: int
     slot: int | None
     prompt_tokens: int

@@ -133,6 +133,7 @@ class Work:
             id=request.id,
             kind=request.kind,
             state=request.state,
+            waits_for_memory=request.waits_for_memory,
             priority=request.priority,
             slot=request.last_slot,
             prompt_tokens=request.n_prompt,

@@ -285,6 +285,20 @@ def serving(model: lc.Model, *, app: dict[str, Any] | None = None, **engine: Any
         served.stop()
 
 
+@contextlib.contextmanager
+def short_of_memory(model: lc.Model) -> Iterator[tuple[Served, str]]:
+    """A held server in which one request writes, and another, the first in line, finds no memory beside it: its id."""
+    writing, waiting = new_id("writing"), new_id("waiting")
+    with serving(model, n_ctx=512, kv_unified=True) as served:
+        with served.held(in_state(writing, "decode", written=1)) as hold:
+            served.engine.submit(tokens(served, 300, 1), max_tokens=8, request_id=writing)
+            hold.wait()
+            second = served.engine.submit(tokens(served, 300, 2), max_tokens=2, request_id=waiting)
+            hold.then(in_state(writing, "decode", written=3))
+            yield served, waiting
+        second.result(PATIENCE)
+
+
 def read_events(connection: socket.socket, count: int) -> list[str]:
     """Read a stream's head and so many of its events from a raw connection."""
     data = b""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from .served import Served, any_step, eventually, greedy, new_id, tokens
+import llamacancel as lc
+
+from .served import Served, any_step, eventually, greedy, new_id, short_of_memory, tokens
 
 COMPLETIONS = "/v1/completions"
 
@@ -30,6 +33,15 @@ def test_tokens_go_there_and_back(served: Served) -> None:
     assert told["tokens"] == model.tokenize(text, add_special=False, parse_special=True).tolist()
     assert len(told["pieces"]) == len(told["tokens"])
     assert served.post("/detokenize", {"tokens": told["tokens"]}).json()["content"].strip() == text
+
+
+def test_slots_tells_who_waits_for_memory(exact_model: Callable[[str], lc.Model]) -> None:
+    with short_of_memory(exact_model("llama")) as (served, waiting):
+        now = served.get("/slots").json()
+        assert [slot["state"] for slot in now["slots"]].count("idle") == 1
+        assert [(view["id"], view["waits_for_memory"]) for view in now["queue"]] == [(waiting, True)]
+        assert [view["waits_for_memory"] for view in now["active"]] == [False]
+    assert [view.waits_for_memory for view in served.engine.snapshot().recent] == [False, False]
 
 
 def test_special_tokens_are_added_and_read_as_asked(llama: Served) -> None:

@@ -18,7 +18,7 @@ import pytest
 import llamacancel as lc
 from llamacancel.server import live
 
-from .served import PATIENCE, Served, any_step, eventually, greedy, new_id, serving, text_of, tokens
+from .served import PATIENCE, Served, any_step, eventually, greedy, new_id, serving, short_of_memory, text_of, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = importlib.resources.files("llamacancel.server") / "page"
@@ -331,6 +331,17 @@ def test_the_page_shows_what_runs_and_waits_and_its_button_cancels_one_alone(
     eventually(lambda: cancels() == cancels_before + 1, "the count of cancels")
     eventually(lambda: dropped in browser.text("news"), "the word to screen readers")
     assert browser.complaints() == []
+
+
+@in_a_browser
+def test_who_waits_for_memory_is_shown_so(exact_model: Callable[[str], lc.Model], browser: Browser) -> None:
+    with short_of_memory(exact_model("llama")) as (served, waiting):
+        browser.open(served.url)
+        lane = browser.wait_row(waiting)
+        assert lane["state"] == "queued"
+        assert "waits for memory" in lane["fate"]
+        eventually(lambda: "waits for memory" in browser.text("queue"), "the queue")
+        assert browser.complaints() == []
 
 
 @in_a_browser

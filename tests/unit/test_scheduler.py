@@ -441,10 +441,57 @@ def test_a_request_joins_only_where_it_finds_room() -> None:
     bench = Bench(rules, slots=2, n_ctx=100, step_seconds=None)
     big = bench.submit("big", prompt(70, 1), max_tokens=3)
     bench.submit("other", prompt(70, 2), max_tokens=3)
+    third = bench.submit("third", prompt(5, 3), max_tokens=3)
+    other = bench.scheduler.queue["other"]
     assert rows_of(bench.step()) == {"big": 70}
     assert len(bench.scheduler.active) == 1
+    assert [each.waits_for_memory for each in (big, other, third)] == [False, True, False], "the first in line"
+    bench.scheduler.cancel("other", "cancelled", bench.now)
+    assert not other.waits_for_memory
+    bench.step()
+    assert third.state != "queued"
     bench.run()
     assert big.preemptions == 0
+
+
+def test_who_waits_for_a_busy_slot_does_not_wait_for_memory() -> None:
+    bench = Bench(slots=1)
+    bench.submit("a", prompt(20, 1), max_tokens=3)
+    waiting = bench.submit("b", prompt(20, 2), max_tokens=3)
+    bench.step()
+    assert waiting.state == "queued"
+    assert not waiting.waits_for_memory
+
+
+def test_a_request_that_made_room_waits_for_memory_until_it_goes_on() -> None:
+    bench = Bench(MemoryRules(cut=True, copy="part", cells=120), slots=3, n_ctx=120)
+    gone = [bench.submit(f"r{i}", prompt(20, i), max_tokens=60) for i in (20, 21, 22)][2]
+    told = []
+    while bench.step():
+        if gone.preemptions:
+            told.append((gone.state, gone.waits_for_memory))
+    queued = told.count(("queued", True))
+    assert queued
+    assert told[:queued] == [("queued", True)] * queued
+    assert {waits for _, waits in told[queued:]} == {False}
+
+
+def test_a_prompt_that_finds_no_cells_waits_for_memory_in_its_slot() -> None:
+    bench = Bench(MemoryRules(cut=True, copy="part", cells=200), slots=2, n_ctx=200, n_batch=32)
+    writing = bench.submit("writing", prompt(20, 1), max_tokens=150)
+    while not writing.n_generated:
+        bench.step()
+    reading = bench.submit("reading", prompt(70, 2), max_tokens=3)
+    bench.step()
+    assert reading.state == "prefill"
+    assert not reading.waits_for_memory
+    bench.scheduler.cells.grow(99, (bench.scheduler.cells.free or 0) - 1)  # somebody has taken all but one
+    assert rows_of(bench.step()) == {"writing": 1}
+    assert reading.waits_for_memory
+    assert not writing.waits_for_memory
+    bench.scheduler.cells.cut(99, 0)
+    assert "reading" in rows_of(bench.step())
+    assert not reading.waits_for_memory
 
 
 # ---- faults ------------------------------------------------------------------------------------------------------

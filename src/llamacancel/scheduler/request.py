@@ -28,6 +28,7 @@ class Request:
         place: Its place in the line for the next rows, as a time: earlier goes first.
         turn: Prompt rows that it may still have before it goes to the end of that line.
         checkpoints: Lengths at which its state is to be kept for others, the last one first.
+        waits_for_memory: The last plan left it out because there were no cells for it.
         suspect: It was in a step that failed, and is run alone until that is cleared up.
         ending: How it is to end once the step that it is in is over.
     """
@@ -47,6 +48,7 @@ class Request:
     place: float = 0.0
     turn: int = 0
     checkpoints: list[int] = field(default_factory=list)
+    waits_for_memory: bool = False
     suspect: bool = False
     preemptions: int = 0
     ending: FinishReason | None = None

@@ -55,6 +55,7 @@ class Scheduler:
         self._actions: list[Action] = []
         self._crowded = False  # the memory was full; nobody joins until somebody leaves
         self._embedded_last = False
+        self._without_memory: list[Request] = []
 
     # -- requests come and go
 
@@ -171,6 +172,7 @@ class Scheduler:
         request.finish_reason = reason
         request.error = error if reason == "error" else None
         request.finished_at = now
+        request.waits_for_memory = False
         self._crowded = False
         if self.queue.pop(request.id, None) is not None:
             self._shorten()
@@ -197,6 +199,9 @@ class Scheduler:
         """The next step; empty if there is nothing to do. `commit()` must be told of one that is not."""
         assert self.in_flight is None, "the plan before was not committed"
         plan = Plan(began=now)
+        for request in self._without_memory:
+            request.waits_for_memory = False
+        self._without_memory.clear()
         while not plan.rows:
             self._admit(now)
             if (self._embed_line and self._plan_embedding(plan, now)) or not self.active:
@@ -236,6 +241,7 @@ class Scheduler:
         if prompts:
             wanted = sum(request.rows_left for request in prompts)
             budget = policy.prompt_budget(self.limits, self.pace, len(running) - len(prompts), wanted)
+        allowed = budget
         if self.rules.cells is not None:
             running, prompts, budget = self._make_room(running, prompts, budget, now)
         for request in running:
@@ -244,6 +250,11 @@ class Scheduler:
         plan.n_other_rows = len(plan.rows)
         if prompts:
             self._plan_prompts(plan, prompts, budget, now)
+        if budget < allowed:
+            planned = {rows.request.id for rows in plan.rows}
+            for request in prompts:
+                if request.id not in planned:
+                    self._wait_for_memory(request)
         if self.rules.in_order:
             plan.rows.sort(key=lambda rows: rows.slot)
 
@@ -273,9 +284,12 @@ class Scheduler:
     def _admit(self, now: float) -> None:
         """Give slots to the first in line. Who waits for a prefix, for a little, has its slot kept."""
         later: list[tuple[float, int, Request]] = []
-        while self.idle_slots > len(later) and not (self._crowded and self.active):
+        while self.idle_slots > len(later):
             request = self._first(self._line)
-            if request is None or not self._fits(request):
+            if request is None:
+                break
+            if (self._crowded and self.active) or not self._fits(request):
+                self._wait_for_memory(request)
                 break
             entry = heapq.heappop(self._line)
             reuse = find_reuse(self.rules, request.tokens, self.sequences, self.limits.slots)
@@ -332,6 +346,7 @@ class Scheduler:
         request.slot = request.last_slot = seq.id
         request.held = seq.held
         request.state = "prefill"
+        request.waits_for_memory = False
         request.place = policy.place_of(self.limits, request.priority, now)
         request.turn = self.limits.quantum
         request.checkpoints = self._places_for_checkpoints(request, reuse.seen)
@@ -369,6 +384,7 @@ class Scheduler:
         request.held = 0
         request.preemptions += 1
         self._enqueue(request)
+        self._wait_for_memory(request)
 
     # -- room
 
@@ -393,6 +409,11 @@ class Scheduler:
             prompts = [request for request in prompts if request is not last]
             if not running:
                 return [], [], 0
+
+    def _wait_for_memory(self, request: Request) -> None:
+        """Notes it until the next plan, for those who look."""
+        request.waits_for_memory = True
+        self._without_memory.append(request)
 
     def _last_in_line(self) -> Request:
         return max(

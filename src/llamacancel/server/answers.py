@@ -234,6 +234,7 @@ class RequestInfo(BaseModel):
     id: str
     kind: Literal["generation", "embedding"]
     state: Literal["queued", "prefill", "decode", "finished"]
+    waits_for_memory: bool
     priority: int
     slot: int | None
     prompt_tokens: int

@@ -282,6 +282,7 @@ function about(view) {
 }
 
 function doing(view) {
+  if (view.waits_for_memory) return "waits for memory";
   if (view.state === "queued") return "waits";
   if (view.state === "prefill" && view.prompt_tokens) {
     return `reads its prompt, ${Math.floor((100 * view.prompt_done) / view.prompt_tokens)} %`;

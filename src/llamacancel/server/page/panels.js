@@ -105,7 +105,8 @@ export function showSlots(state) {
       const view = slot.request_id === null ? null : running.get(slot.request_id);
       element.dataset.state = slot.state;
       const [, work, held, gauge] = element.children;
-      say(work.children[0], { idle: "idle", prefill: "reads", decode: "writes" }[slot.state]);
+      const words = { idle: "idle", prefill: "reads", decode: "writes" };
+      say(work.children[0], view?.waits_for_memory ? "waits for memory" : words[slot.state]);
       say(work.children[1], slot.request_id ?? "");
       work.children[1].title = slot.request_id ?? "";
       const positions = some(slot.n_past, "position");
@@ -151,7 +152,8 @@ export function showQueue(state, onCancel) {
     (element, view) => {
       const [number, work, held] = element.children;
       say(number, String(queue.indexOf(view) + 1));
-      say(work.children[1], [some(view.prompt_tokens, "token"), view.priority ? `priority ${view.priority}` : ""].filter(Boolean).join(" · "));
+      const about = [some(view.prompt_tokens, "token"), view.priority ? `priority ${view.priority}` : "", view.waits_for_memory ? "waits for memory" : ""];
+      say(work.children[1], about.filter(Boolean).join(" · "));
       say(held, wait(now - view.submitted_at));
     },
   );
