@@ -135,7 +135,7 @@ def test_a_cancel_of_a_waiting_call_does_not_touch_the_active_one(arch: str, pai
     with Flight(lambda: decode(context, ROWS, far())) as active:
         for call in calls:
             for token in (lc.CancelToken(timeout=0.002), dead()):
-                with pytest.raises(lc.DecodeCancelled, match="waiting|loading a state") as caught:
+                with pytest.raises(lc.DecodeCancelled, match=r"waiting|loading a state") as caught:
                     call(token)
                 assert isinstance(caught.value, lc.DeadlineExceeded) == (token.cause is lc.Cause.DEADLINE)
                 assert caught.value.rows_done == 0
