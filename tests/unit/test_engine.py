@@ -384,6 +384,24 @@ def test_a_listener_that_raises_is_reported_and_the_engine_goes_on(monkeypatch: 
     assert all(isinstance(error, ZeroDivisionError) for error in reported)
 
 
+def test_a_listener_that_takes_its_time_does_not_hold_up_what_is_computed() -> None:
+    seen: list[str] = []
+    on = threading.Event()
+
+    def listen(view: lc.RequestView) -> None:
+        seen.append(view.state)
+        assert view.state != "decode" or on.wait(60)
+
+    with engine() as e:
+        e.add_listener(listen)
+        with Gate(e):
+            generation = e.submit(ids(3), max_tokens=5)
+        assert generation.wait(60)
+        assert "finished" not in seen
+        on.set()
+    assert seen[-2:] == ["decode", "finished"]
+
+
 # ---- embeddings --------------------------------------------------------------------------------------------------
 
 
@@ -412,8 +430,9 @@ def test_embeddings_and_generations_take_turns() -> None:
     kinds: list[str] = []
     with engine(slots=2) as e:
         before_step(e, lambda number, plan: kinds.append("embed" if plan.embed else "rows"))
-        with Gate(e):
+        with Gate(e) as gate:
             generation = e.submit(ids(20), max_tokens=12, sampler=greedy(), logprobs=2)
+            gate.wait()
             embeddings = [e.embed(ids(1000 - i, i)) for i in range(4)]
         for each in embeddings:
             each.result(60)

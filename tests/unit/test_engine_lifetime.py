@@ -199,7 +199,7 @@ def test_ctrl_c_while_reading_stops_the_generation_and_the_engine_goes_on() -> N
         "    for read in (lambda g: list(g), lambda g: g.result()):\n"
         "        generation = engine.submit([400], sampler=endless)\n"
         "        def interrupt():\n"
-        "            if len(generation.tokens) == 5 and not generation._token.cancelled:\n"
+        "            if len(generation.tokens) >= 5 and not generation._token.cancelled:\n"
         "                os.kill(os.getpid(), signal.SIGINT)\n"
         "                generation._token.wait(30)\n"
         "        generation.add_notify(interrupt)\n"
