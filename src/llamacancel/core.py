@@ -23,8 +23,8 @@ __all__ = ["Core"]
 class Core:
     """One thread that plans, runs and commits steps, until it is told to stop; and one that tells what came of them.
 
-    Telling wakes readers, an event loop among them, which then want the interpreter lock. The thread that computes would
-    have to wait for them before its next step; so another one tells, and they run while llama.cpp computes.
+    Telling wakes readers, an event loop among them, which then want the interpreter lock. The thread that computes
+    would have to wait for them before its next step; so another one tells, and they run while llama.cpp computes.
 
     It knows nothing of the `Engine`, so that an engine that was forgotten can be collected. The scheduler is used under
     `_lock`, which is never held while llama.cpp computes or somebody else's function is called.
