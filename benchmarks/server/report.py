@@ -160,8 +160,8 @@ def _engine_section(rows: list[Results], loads: list[Results]) -> str:
     text = (
         "## What a step costs beside computing\n\n"
         "*Scheduler*: planning the step and handing out what came of it, the target's figure. *Filling and sampling*: "
-        "the rest of what is not llama.cpp's computing. Readers are told by another thread meanwhile. In the server, "
-        "both include waiting for the event loop, which shares the interpreter."
+        "the rest of what is not llama.cpp's computing. In the server, both include waiting for the event loop, which "
+        "shares the interpreter."
     )
     named = [(f"engine alone, {row['work']}", row["slots"], row) for row in rows]
     for load in loads:

@@ -1,9 +1,8 @@
-"""The engine's threads, and what they share with those who submit and cancel."""
+"""The engine's thread, and what it shares with those who submit and cancel."""
 
 from __future__ import annotations
 
 import functools
-import queue
 import threading
 import time
 import weakref
@@ -21,10 +20,7 @@ __all__ = ["Core"]
 
 
 class Core:
-    """One thread that plans, runs and commits steps, until it is told to stop; and one that tells what came of them.
-
-    Telling wakes readers, an event loop among them, which then want the interpreter lock. The thread that computes
-    would have to wait for them before its next step; so another one tells, and they run while llama.cpp computes.
+    """One thread that plans, runs and commits steps, until it is told to stop.
 
     It knows nothing of the `Engine`, so that an engine that was forgotten can be collected. The scheduler is used under
     `_lock`, which is never held while llama.cpp computes or somebody else's function is called.
@@ -51,32 +47,23 @@ class Core:
         self._wake = threading.Condition(self._lock)
         self._news: deque[tuple[Work, RequestView | None]] = deque()
         self._telling = threading.Lock()
-        self._bell: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: there is news. False: the last there will be
         self._thread = threading.Thread(target=self._main, name="llamacancel-engine", daemon=True)
-        self._teller = threading.Thread(target=self._tell_on, name="llamacancel-teller", daemon=True)
 
     def start(self) -> None:
-        self._teller.start()
         self._thread.start()
 
-    # -- the engine's threads
+    # -- the engine's thread
 
     def _main(self) -> None:
         try:
             while (plan := self._schedule()) is not None:
+                self._tell_all()
                 self._commit(self._run(plan))
+            self._tell_all()
         except BaseException as error:
             self._fail(error)
         finally:
             self.runner.close()
-            self._bell.put(False)
-            self._teller.join()
-
-    def _tell_on(self) -> None:
-        goes_on = True
-        while goes_on:
-            goes_on = self._bell.get()
-            self._tell()
 
     def _schedule(self) -> Plan | None:
         """The next step. Sleeps while there is none; None when the engine is to stop."""
@@ -87,25 +74,35 @@ class Core:
                     self.runner.stop = CancelToken()
                 plan = self.scheduler.plan(time.monotonic())
                 self._take_changes()
-                self._ring()
                 self.schedule_seconds += time.perf_counter() - began
                 if plan:
-                    return plan
+                    break
                 if self.closing and self.scheduler.idle:
                     return None
+                if self._news and not self._telling.locked():
+                    break
                 self._wake.wait()
+        return plan
 
-    def _ring(self) -> None:
-        if self._news:
-            self._bell.put(True)
+    def _tell_all(self) -> None:
+        """What a step has brought is told when the next one is planned: readers run while llama.cpp computes, and this
+        thread need not wait for the interpreter lock until they are done.
+        """
+        began = time.perf_counter()
+        self._tell()
+        self.commit_seconds += time.perf_counter() - began
 
-    def _run(self, plan: Plan) -> Outcome:
+    def _run(self, plan: Plan) -> Outcome | None:
+        if not plan:
+            return None
         began = time.perf_counter()
         outcome = self.runner.run(plan)
         self.run_seconds += time.perf_counter() - began
         return outcome
 
-    def _commit(self, outcome: Outcome) -> None:
+    def _commit(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
         began = time.perf_counter()
         with self._lock:
             self.scheduler.commit(outcome, time.monotonic())
@@ -220,8 +217,8 @@ class Core:
 
     @property
     def is_this_thread(self) -> bool:
-        """Whether it is one of the engine's threads that asks."""
-        return threading.current_thread() in (self._thread, self._teller)
+        """Whether it is the engine's thread that asks."""
+        return self._thread is threading.current_thread()
 
     @property
     def stopped(self) -> bool:

@@ -263,8 +263,8 @@ class Engine:
     def add_listener(self, fn: Callable[[RequestView], object]) -> Registration:
         """Have `fn` called with a view of each request whose state has changed.
 
-        It is called by a thread of the engine's, or by one that submits or cancels; never two at a time, and in the
-        order of the changes. It must not block. What it raises goes to `sys.unraisablehook`.
+        It is called by the engine's thread, or by one that submits or cancels; never two at a time, and in the order
+        of the changes. It must not block. What it raises goes to `sys.unraisablehook`.
 
         Returns:
             What to `remove()`.

@@ -76,7 +76,7 @@ class EngineSnapshot:
         closing: True once `close()` was called.
         cells_used, cells: Cells of the context's memory in use, and all; None if they are not counted.
         schedule_seconds, run_seconds, commit_seconds: Time spent so far on planning steps, running them, and
-            handing out what came of them; listeners and readers are told meanwhile, by another thread.
+            handing out what came of them.
         decode_seconds: The part of `run_seconds` that llama.cpp computed.
     """
 

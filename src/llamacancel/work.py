@@ -171,7 +171,7 @@ class Work:
     def add_notify(self, fn: Callable[[], object], after: Callable[[], object] | None = None) -> Registration:
         """Have `fn()` called when there is something new to read, or the end has come; at once if that is so now.
 
-        It is called by a thread of the engine's or by one that cancels, never two at a time, and must not block.
+        It is called by the engine's thread or by one that cancels, never two at a time, and must not block.
 
         Args:
             fn: What is called.

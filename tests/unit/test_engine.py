@@ -384,24 +384,6 @@ def test_a_listener_that_raises_is_reported_and_the_engine_goes_on(monkeypatch: 
     assert all(isinstance(error, ZeroDivisionError) for error in reported)
 
 
-def test_a_listener_that_takes_its_time_does_not_hold_up_what_is_computed() -> None:
-    seen: list[str] = []
-    on = threading.Event()
-
-    def listen(view: lc.RequestView) -> None:
-        seen.append(view.state)
-        assert view.state != "decode" or on.wait(60)
-
-    with engine() as e:
-        e.add_listener(listen)
-        with Gate(e):
-            generation = e.submit(ids(3), max_tokens=5)
-        assert generation.wait(60)
-        assert "finished" not in seen
-        on.set()
-    assert seen[-2:] == ["decode", "finished"]
-
-
 # ---- embeddings --------------------------------------------------------------------------------------------------
 
 

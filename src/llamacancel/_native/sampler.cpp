@@ -246,8 +246,7 @@ Status guarded(Call & call, std::string & message, const Work & work) {
 Status sample(llama_sampler * chain, const float * logits, int32_t n_vocab, Call & call, llama_token & token,
               std::string & message) {
     Status status = guarded(call, message, [&] {
-        thread_local std::vector<llama_token_data> candidates;  // kept: they are a megabyte and more
-        candidates.resize(n_vocab);
+        std::vector<llama_token_data> candidates(n_vocab);
         bool numbers = true;
         for (llama_token id = 0; id < n_vocab; ++id) {
             candidates[id] = {id, logits[id], 0.0f};
