@@ -63,21 +63,22 @@ def _stops(ax: Axes, libraries: dict[str, list[Results]]) -> None:
 def _costs(ax: Axes, libraries: dict[str, list[Results]]) -> None:
     names = _named(libraries, "cost")
     for j, (arch, rows) in enumerate(libraries.items()):
-        heights, spans = [np.nan] * len(names), [(0.0, 0.0)] * len(names)
+        widths, spans = [np.nan] * len(names), [(0.0, 0.0)] * len(names)
         for row in rows:
             for way, of in row["cost"].items():
                 i, ratio = names.index((row["peer"], way)), of["ratios"]["busy"]
-                heights[i] = ratio["median"]
+                widths[i] = ratio["median"]
                 spans[i] = (ratio["median"] - ratio["low"], ratio["high"] - ratio["median"])
-        x = np.arange(len(names)) + (j - (len(libraries) - 1) / 2) * 0.35
-        drawn = ax.bar(x, heights, 0.32, label=arch, color=COLOURS[j % len(COLOURS)])
-        ax.bar_label(drawn, [f"{v:.2f}" if np.isfinite(v) else "" for v in heights], fontsize=8, label_type="center")
-        ax.errorbar(x, heights, np.array(spans).T, fmt="none", ecolor="#333333", lw=1, capsize=3)
-    ax.axhline(1, color="#555555", lw=1)
-    ax.set_xticks(range(len(names)), [f"{peer}\n{way}" for peer, way in names], fontsize=7)
-    ax.grid(axis="x", visible=False)
+        y = np.arange(len(names)) + (j - (len(libraries) - 1) / 2) * 0.35
+        drawn = ax.barh(y, widths, 0.32, label=arch, color=COLOURS[j % len(COLOURS)])
+        ax.bar_label(drawn, [f"{v:.2f}" if np.isfinite(v) else "" for v in widths], fontsize=8, label_type="center")
+        ax.errorbar(widths, y, xerr=np.array(spans).T, fmt="none", ecolor="#333333", lw=1, capsize=3)
+    ax.axvline(1, color="#555555", lw=1)
+    ax.set_yticks(range(len(names)), [f"{peer}\n{way}" for peer, way in names])
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
     ax.set_title("What it costs to be stoppable beside a busy Python thread: 1 is nothing")
-    ax.set_ylabel("time of a prefill against one that cannot be stopped\n(median of pairs, and its 95 % range)")
+    ax.set_xlabel("time of a prefill against one that cannot be stopped (median of pairs, and its 95 % range)")
     legend(ax, 4)
 
 

@@ -175,6 +175,24 @@ def test_ctrl_c_stops_a_load_and_the_wait_for_a_busy_context() -> None:
     """)
 
 
+@needs_posix
+def test_ctrl_c_stops_the_making_of_a_context() -> None:
+    _well("""
+        model = load(cached_model("llama", "tiny"))
+        large = dict(n_ctx=1 << 17, n_ubatch=32, n_threads=1, **CONTEXT)
+        for params, at in ((dict(n_ctx=64), 4), (large, 40)):  # in its measuring, and in the clearing of its memory
+            try:
+                with signalled(at=at):
+                    model.context(**params)
+                raise SystemExit("not interrupted")
+            except KeyboardInterrupt:
+                pass
+        with model.context(**large) as context:
+            decode(context, rows)
+        model.close()
+    """)
+
+
 # ---- other signals ---------------------------------------------------------------------------------------------
 
 
