@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 
+from . import _arguments
+
 __all__ = ["add_arguments", "run"]
 
 EPILOG = """\
@@ -30,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", default="127.0.0.1", help="IPv4 address to listen on (default: 127.0.0.1, only this machine)"
     )
     parser.add_argument(
-        "--port", type=_port, default=50052, help="port (default: 50052); 0 takes a free one and says which"
+        "--port", type=_arguments.port, default=50052, help="port (default: 50052); 0 takes a free one and says which"
     )
-    parser.add_argument("--threads", "-t", type=_count, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument("--threads", "-t", type=_arguments.count, metavar="N", help="CPU threads (default: all)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,17 +88,3 @@ def _listens(host: str, port: int, serving: threading.Thread) -> bool:
         except OSError:
             time.sleep(0.02)
     return False
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is no port (0 to 65535)")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value

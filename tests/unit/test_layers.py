@@ -19,6 +19,7 @@ NATIVE_CORE = {"_library", "_llama", "_model", "_context", "_memory", "_sampler"
 ENGINE = {"scheduler", "text", "usage", "views", "work", "generation", "runner", "core", *NATIVE_CORE}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": {"_cancel"},  # for annotations alone: see the test
+    "_arguments": set(),
     "_deadlines": set(),
     "_params": set(),
     "_cancel": {"_lib", "_deadlines", *GROUND},
@@ -43,9 +44,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "core": {"scheduler", "views", "work", "runner", *CORE},
     "engine": ENGINE,
     "aio": {"engine", *ENGINE},
-    "server": {"__init__", "server", "aio", "engine", "make_model", *ENGINE},
+    "server": {"__init__", "server", "aio", "engine", "make_model", "_arguments", *ENGINE},
     "conformance": {"conformance"},  # knows a server by its address alone
-    "rpc_server": {"_llama", "_params"},
+    "rpc_server": {"_llama", "_params", "_arguments"},
     "generate": {"__init__", "server", "aio", "engine", "make_model", *ENGINE},
     "demo": {"__init__", "demo", "server", "conformance", "aio", "engine", "make_model", *ENGINE},
     "cli": {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
+
+from .._arguments import count, port, seconds, whole
 
 __all__ = ["add_arguments", "run"]
 
@@ -27,16 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, only this machine)"
     )
     parser.add_argument(
-        "--port", type=_port, default=8080, help="port (default: 8080); 0 takes a free one and says which"
+        "--port", type=port, default=8080, help="port (default: 8080); 0 takes a free one and says which"
     )
 
     work = parser.add_argument_group("work")
-    work.add_argument("--slots", type=_count, default=4, metavar="N", help="requests that run at once (default: 4)")
+    work.add_argument("--slots", type=count, default=4, metavar="N", help="requests that run at once (default: 4)")
     work.add_argument(
-        "--queue-limit", type=_whole, default=64, metavar="N", help="requests that may wait; more get 429 (default: 64)"
+        "--queue-limit", type=whole, default=64, metavar="N", help="requests that may wait; more get 429 (default: 64)"
     )
     work.add_argument(
-        "--ctx-size", "-c", type=_count, metavar="N",
+        "--ctx-size", "-c", type=count, metavar="N",
         help="tokens that all slots hold together (default: what the model was trained for, at most 4096, for each)",
     )  # fmt: skip
     work.add_argument(
@@ -44,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one cache for all slots, so that a request may use what others do not (slower with many slots; "
         "default: each slot has its own share where the model has plain attention)",
     )  # fmt: skip
-    work.add_argument("--threads", "-t", type=_count, metavar="N", help="CPU threads (default: all)")
+    work.add_argument("--threads", "-t", type=count, metavar="N", help="CPU threads (default: all)")
     work.add_argument(
-        "--cancel-latency", type=_seconds, default=0.02, metavar="SECONDS",
+        "--cancel-latency", type=seconds, default=0.02, metavar="SECONDS",
         help="how soon a cancel is to be honoured (default: 0.02)",
     )  # fmt: skip
     work.add_argument(
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rpc", action="append", default=[], metavar="HOST:PORT",
         help="RPC server that takes layers of the model; may be repeated. Wants --n-gpu-layers",
     )  # fmt: skip
-    work.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="for each request; it may ask for less")
+    work.add_argument("--timeout", type=seconds, metavar="SECONDS", help="for each request; it may ask for less")
 
     api = parser.add_argument_group("API")
     api.add_argument("--alias", metavar="NAME", help="what answers call the model (default: the file's name)")
@@ -70,10 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     api.add_argument("--chat-template", type=Path, metavar="PATH", help="Jinja template in place of the model's own")
     api.add_argument(
-        "--max-body", type=_count, default=16 * 2**20, metavar="BYTES", help="longest request (default: 16 MiB)"
+        "--max-body", type=count, default=16 * 2**20, metavar="BYTES", help="longest request (default: 16 MiB)"
     )
     api.add_argument(
-        "--drain-timeout", type=_whole, default=30, metavar="SECONDS",
+        "--drain-timeout", type=whole, default=30, metavar="SECONDS",
         help="how long Ctrl-C or SIGTERM waits for answers on their way (default: 30)",
     )  # fmt: skip
     parser.add_argument("--verbose", "-v", action="store_true", help="log every request, and what llama.cpp says")
@@ -88,31 +89,3 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise ImportError(f"the server needs {error.name}: pip install 'llamacancel[server]'") from error
     return run.run(args)
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is no port (0 to 65535)")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no positive number of seconds")
-    return value
