@@ -355,7 +355,7 @@ class Engine:
         in a thread, as with `tokenize`.
         """
         own = _engine._token_of(token, timeout)
-        if isinstance(prompt, str) and len(prompt) >= _engine._LONG:
+        if isinstance(prompt, str) and len(prompt) >= _engine.LONG_TEXT:
             prompt = await self.tokenize(prompt, token=own)
         embedding = self._engine.embed(prompt, token=own, priority=priority, request_id=request_id)
         await _Waiting(embedding).until(lambda: embedding.ended)

@@ -34,7 +34,8 @@ __all__ = ["Engine"]
 
 _INT32 = 2**31 - 1
 _CTX_EACH = 4096  # cells for a slot if nobody says how many
-_LONG = 4096  # characters of a prompt from which on it is turned into tokens under the request's own token
+LONG_TEXT = 4096
+"""Characters from which on a text is turned into tokens under the request's own token, and beside an event loop."""
 
 
 class Engine:
@@ -347,7 +348,7 @@ class Engine:
 
     def _tokens_of(self, prompt: str | ArrayLike, token: CancelToken) -> list[int]:
         if isinstance(prompt, str):
-            tokens = self._model.tokenize(prompt, token=token if len(prompt) >= _LONG else None)
+            tokens = self._model.tokenize(prompt, token=token if len(prompt) >= LONG_TEXT else None)
         else:
             tokens = np.asarray(prompt)
             if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):

@@ -19,7 +19,7 @@ from .. import aio
 from .._sampler import Sampler
 from ..errors import ClosedError, DecodeCancelled, LlamaCancelError, QueueFullError
 from ..generation import Piece
-from .errors import NO_RETRY, ApiError, error_body
+from .errors import ApiError, cancelled, error_body, time_over
 from .service import Group, Service
 from .sse import DONE, EventStream
 
@@ -267,9 +267,8 @@ def failure(works: Sequence[_Ended], *, partial: bool) -> ApiError | None:
     if "shutdown" in reasons:
         return ApiError(503, "the server shut down before the answer was complete", code="shutting_down")
     if "deadline" in reasons:
-        return ApiError(408, "the request's time was over before its answer", code="deadline", headers=NO_RETRY)
-    cancelled = [work for work in works if work.finish_reason == "cancelled"]
-    if len(cancelled) == len(works) or (cancelled and not partial):
-        why = f": {cancelled[0].reason}" if cancelled[0].reason else ""
-        return ApiError(499, f"the request was cancelled{why}", code="cancelled", headers=NO_RETRY)
+        return time_over()
+    given_up = [work for work in works if work.finish_reason == "cancelled"]
+    if len(given_up) == len(works) or (given_up and not partial):
+        return cancelled(given_up[0].reason)
     return None

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-__all__ = ["ApiError", "error_body", "error_response", "install"]
+__all__ = ["ApiError", "cancelled", "error_body", "error_response", "install", "time_over"]
 
 TYPES: dict[int, str] = {
     401: "authentication_error",
@@ -63,6 +63,17 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The error as it is sent."""
         return error_body(self.status, self.message, param=self.param, code=self.code, type=self.type)
+
+
+def time_over() -> ApiError:
+    """The answer to a request whose deadline passed."""
+    return ApiError(408, "the request's time was over before its answer", code="deadline", headers=NO_RETRY)
+
+
+def cancelled(reason: str) -> ApiError:
+    """The answer to a request that was cancelled, by its client's hang-up perhaps."""
+    why = f": {reason}" if reason else ""
+    return ApiError(499, f"the request was cancelled{why}", code="cancelled", headers=NO_RETRY)
 
 
 def error_body(

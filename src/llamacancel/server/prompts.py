@@ -11,7 +11,7 @@ import anyio.to_thread
 from .._cancel import CancelToken
 from .._model import Model
 from .._sampler import Sampler
-from ..engine import Engine
+from ..engine import LONG_TEXT, Engine
 from ..errors import DecodeCancelled
 from .errors import ApiError
 from .schemas import GenerationBody, Prompt
@@ -19,15 +19,12 @@ from .service import Group
 
 __all__ = ["check_room", "in_thread_if_long", "make_samplers", "prompt_texts", "prompt_tokens", "under_token"]
 
-LONG = 4096
-"""Characters from which on text is worked on in a thread, so that other clients' streams do not wait for it."""
-
 _T = TypeVar("_T")
 
 
 async def in_thread_if_long(size: int, work: Callable[[], _T]) -> _T:
-    """Do work on text of a size, beside the event loop if it may take long."""
-    return work() if size < LONG else await anyio.to_thread.run_sync(work)
+    """Do work on text of a size, beside the event loop if it may take long: other clients' streams must not wait."""
+    return work() if size < LONG_TEXT else await anyio.to_thread.run_sync(work)
 
 
 async def under_token(group: Group, size: int, work: Callable[[CancelToken], _T]) -> _T:
@@ -170,7 +167,7 @@ async def make_samplers(
         ]
 
     try:
-        return await in_thread_if_long(0 if grammar is None else LONG, make)
+        return await in_thread_if_long(0 if grammar is None else LONG_TEXT, make)
     except (ValueError, TypeError) as error:
         raise ApiError(400, str(error), param="grammar" if grammar is not None else None) from error
 

@@ -20,7 +20,7 @@ from .._model import Model
 from ..engine import Engine
 from ..views import RequestView
 from .disconnect import watched
-from .errors import NO_RETRY, ApiError
+from .errors import NO_RETRY, ApiError, cancelled, time_over
 from .metrics import Metrics
 from .templates import ChatTemplate, TemplateFailed
 
@@ -90,8 +90,8 @@ class Group:
         if not self.token.cancelled:
             return
         if self.token.cause is Cause.DEADLINE:
-            raise ApiError(408, "the request's time was over before its answer", code="deadline", headers=NO_RETRY)
-        raise ApiError(499, f"the request was cancelled: {self.token.reason}", code="cancelled", headers=NO_RETRY)
+            raise time_over()
+        raise cancelled(self.token.reason or "")
 
     @property
     def cancel_latency(self) -> float | None:
@@ -185,7 +185,7 @@ class Service:
                 f"a request with the id {request_id} is not finished yet",
                 param="X-Request-Id",
                 code="duplicate_request_id",
-                headers={"x-should-retry": "false"},
+                headers=NO_RETRY,
             )
         group = self.groups[request_id] = Group(request_id, endpoint, CancelToken(timeout=timeout))
         try:
