@@ -42,6 +42,13 @@ add_library(llamacancel_llama INTERFACE)
 target_link_libraries(llamacancel_llama INTERFACE llama)
 # The guarded decode reads llama.cpp's memory classes, which its public header does not declare.
 target_include_directories(llamacancel_llama SYSTEM INTERFACE ${llama_dir}/src)
+# It shares the threads that ggml computes with (_native/team.hpp).
+if(GGML_OPENMP)
+    find_package(OpenMP COMPONENTS CXX)
+    if(OpenMP_CXX_FOUND)
+        target_link_libraries(llamacancel_llama INTERFACE OpenMP::OpenMP_CXX)
+    endif()
+endif()
 
 # With vendor/patches kernels look at the token inside a node, other backends than the CPU between pieces of a graph, and
 # long loops while they work.

@@ -10,7 +10,7 @@ from libcpp.vector cimport vector
 
 from ._cancel cimport state_of
 from ._context cimport Context
-from ._lib.box cimport Call, ModelBox, Status, accept, make_grammar, reset, sample
+from ._lib.box cimport Call, Draw, ModelBox, Status, accept, make_grammar, reset, sample, sample_rows
 from ._lib.llama cimport *
 from ._llama cimport drain_log, raise_cancelled, text_of
 from ._model cimport Model
@@ -304,6 +304,73 @@ cdef class Sampler:
     def __repr__(self):
         o = self.options
         return f"<Sampler temperature={o['temperature']} seed={o['seed']}>"
+
+
+def choose_tokens(Context ctx not None, list rows not None):
+    """`Sampler.sample()` for several rows of the context's last batch at a time, with the context's threads.
+
+    Args:
+        ctx: The context.
+        rows: (sampler, row, token) for each, with a sampler and a `CancelToken` of its own.
+
+    Returns:
+        For each the token that was chosen, or the exception that `sample()` would have raised.
+
+    Raises:
+        ContextBusyError: If another thread uses the context.
+    """
+    cdef vector[Draw] draws = vector[Draw](len(rows))
+    cdef size_t n = 0
+    cdef int32_t n_vocab
+    cdef int n_threads
+    cdef Sampler sampler
+    cdef Draw * draw
+    cdef list entered = []
+    cdef list told = []
+    ctx._acquire(NULL, None, "sample")
+    try:
+        for each, row, token in rows:
+            sampler = each
+            draw = &draws[n]
+            try:
+                sampler._enter("sample")
+                entered.append(sampler)
+                sampler._bind(ctx.box.get().model())
+                draw.logits = ctx._logits_of(row)
+                draw.chain = sampler.chain
+                draw.call = Call(state_of(token))
+            except Exception as error:
+                told.append(error)
+            else:
+                told.append(None)
+                n += 1
+        draws.resize(n)
+        n_vocab = ctx.box.get().outputs().n_vocab
+        n_threads = llama_n_threads_batch(ctx.box.get().get())
+        with nogil:
+            sample_rows(draws, n_vocab, n_threads)
+    finally:
+        for sampler in entered:
+            sampler.busy = False
+        ctx.box.get().release()
+    n = 0
+    for i in range(len(told)):
+        if told[i] is None:
+            told[i] = _told(draws[n])
+            n += 1
+    return told
+
+
+cdef object _told(Draw & draw):
+    """What came of it: the token, or an exception."""
+    if draw.status == Status.Done:
+        return draw.token
+    try:
+        if draw.status == Status.Cancelled:
+            raise_cancelled("sample", draw.call, None)
+        raise ValueError(text_of(draw.message))
+    except Exception as error:
+        return error
 
 
 def json_schema_to_grammar(schema):

@@ -186,15 +186,14 @@ class Generation(Work):
 
     # -- for the engine's thread
 
-    def _choose(self, context: Context, row: int) -> tuple[int, bool]:
-        """Samples a token from an output row; tells whether it ends the text."""
-        token = self._sampler.sample(context, row, self._token)
+    def _take(self, token: int, context: Context, row: int) -> bool:
+        """Adds the token that was chosen from an output row; tells whether it ends the text."""
         text, name, is_end = self._vocabulary[token]
         if is_end or token in self._stop_tokens:
-            return token, True
+            return True
         logprob, top = self._look_at(context.logits(row), token) if self._logprobs is not None else (None, ())
         self._give(*self._assembler.feed(text, TokenInfo(token, name, logprob, top)))
-        return token, self._assembler.stopped is not None
+        return self._assembler.stopped is not None
 
     def _look_at(self, logits: NDArray[np.float32], token: int) -> tuple[float, tuple[tuple[int, bytes, float], ...]]:
         values = logits.astype(np.float64)

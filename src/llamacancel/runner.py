@@ -9,6 +9,7 @@ from typing import Any, cast
 from ._cancel import CancelToken
 from ._context import Context
 from ._model import Model
+from ._sampler import choose_tokens
 from .batch import Batch
 from .errors import (
     ContextBusyError,
@@ -231,6 +232,7 @@ class Runner:
     def _collect(
         self, planned: list[Rows], last_rows: list[int], told: dict[int, SequenceOutcome], outcome: Outcome
     ) -> None:
+        due: list[tuple[Rows, int, Generation]] = []
         for rows, row in zip(planned, last_rows, strict=True):
             sequence = told[rows.slot]
             request = rows.request
@@ -242,16 +244,22 @@ class Runner:
                 self._lose(rows.slot, outcome)
                 continue
             outcome.held[rows.slot] = sequence.end
-            if not rows.output or cancelled or sequence.end < rows.start + rows.count:
-                continue
+            if rows.output and not cancelled and sequence.end >= rows.start + rows.count:
+                due.append((rows, row, work))
+        if due:
+            self._sample(due, outcome)
+
+    def _sample(self, due: list[tuple[Rows, int, Generation]], outcome: Outcome) -> None:
+        chosen = choose_tokens(self.context, [(work._sampler, row, work._token) for _, row, work in due])
+        for (rows, row, work), token in zip(due, chosen, strict=True):
             try:
-                token, stops = work._choose(self.context, row)
+                if isinstance(token, Exception):
+                    raise token
+                outcome.sampled[rows.slot] = Sampled(token, work._take(token, self.context, row))
             except DecodeCancelled:
-                outcome.cancelled[request.id] = ending_of(work._token)
+                outcome.cancelled[rows.request.id] = ending_of(work._token)
             except Exception as error:
-                outcome.failed[request.id] = error
-            else:
-                outcome.sampled[rows.slot] = Sampled(token, stops)
+                outcome.failed[rows.request.id] = error
 
     # -- embeddings
 

@@ -1,9 +1,10 @@
 // A clock for tests: what a thread reads can jump, run fast, or stop the thread until it is told to go on.
 //
 // The library reads std::chrono::steady_clock at each look at a deadline, which is clock_gettime() called through
-// libstdc++'s table of imported functions. clock_install() puts clock_for_tests() into that table. Threads that have
-// not armed a watch read the time as it is, and so does a thread that holds the GIL: a watch is for native calls only,
-// and one that stopped its thread with the GIL would stop all others.
+// libstdc++'s table of imported functions, and for Ctrl-C the coarse clock, through its own table. clock_install() puts
+// clocks for tests into those tables. Threads that have not armed a watch read the time as it is, and so does a thread
+// that holds the GIL: a watch is for native calls only, and one that stopped its thread with the GIL would stop all
+// others.
 #define _GNU_SOURCE
 #include <elf.h>
 #include <link.h>
@@ -41,9 +42,9 @@ static void nap(void) {
     nanosleep(&some, NULL);
 }
 
-static int clock_for_tests(clockid_t id, struct timespec * t) {
+static int read_clock(clockid_t id, clockid_t watched, struct timespec * t) {
     watch_t * const watch = armed;
-    if (id != CLOCK_MONOTONIC || !watch || PyGILState_Check()) {
+    if (id != watched || !watch || PyGILState_Check()) {
         return clock_gettime(id, t);
     }
     const long n = atomic_fetch_add(&watch->readings, 1) + 1;
@@ -63,6 +64,9 @@ static int clock_for_tests(clockid_t id, struct timespec * t) {
     return code;
 }
 
+static int fine_clock(clockid_t id, struct timespec * t) { return read_clock(id, CLOCK_MONOTONIC, t); }
+static int coarse_clock(clockid_t id, struct timespec * t) { return read_clock(id, CLOCK_MONOTONIC_COARSE, t); }
+
 // Lets the stopped thread go on, and does not return before it has read its clock so many times. Called with the GIL
 // held, which it keeps: a thread that wants the GIL between two readings gets no further. 0 if it gave up waiting.
 int clock_hold(watch_t * watch, long readings, long most_seconds) {
@@ -80,7 +84,7 @@ int clock_hold(watch_t * watch, long readings, long most_seconds) {
 }
 
 static int redirect(const struct dl_phdr_info * object, const char * table, size_t size, const ElfW(Sym) * symbols,
-                    const char * names) {
+                    const char * names, int (*clock)(clockid_t, struct timespec *)) {
     int n = 0;
     for (const ElfW(Rela) * entry = (const ElfW(Rela) *) table; (const char *) entry < table + size; ++entry) {
         const ElfW(Sym) * const symbol = symbols + SYMBOL_OF(entry->r_info);
@@ -91,7 +95,7 @@ static int redirect(const struct dl_phdr_info * object, const char * table, size
         const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
         void * const start = (void *) ((uintptr_t) slot & ~(page - 1));
         if (mprotect(start, page, PROT_READ | PROT_WRITE) == 0) {
-            *slot = (void *) clock_for_tests;
+            *slot = (void *) clock;
             ++n;
         }
     }
@@ -100,9 +104,12 @@ static int redirect(const struct dl_phdr_info * object, const char * table, size
 
 static int visit(struct dl_phdr_info * object, size_t size, void * data) {
     (void) size;
-    if (!strstr(object->dlpi_name, "libstdc++") && !strstr(object->dlpi_name, "libc++")) {
+    const char * const name = object->dlpi_name;
+    const int is_ours = strstr(name, "/_llama.") || strstr(name, "/_cancel.");
+    if (!is_ours && !strstr(name, "libstdc++") && !strstr(name, "libc++")) {
         return 0;
     }
+    int (*const clock)(clockid_t, struct timespec *) = is_ours ? coarse_clock : fine_clock;
     for (int i = 0; i < object->dlpi_phnum; ++i) {
         if (object->dlpi_phdr[i].p_type != PT_DYNAMIC) {
             continue;
@@ -122,16 +129,16 @@ static int visit(struct dl_phdr_info * object, size_t size, void * data) {
             }
         }
         if (names && symbols && calls) {
-            *(int *) data += redirect(object, calls, n_calls, symbols, names);
+            *(int *) data += redirect(object, calls, n_calls, symbols, names, clock);
         }
         if (names && symbols && others) {
-            *(int *) data += redirect(object, others, n_others, symbols, names);
+            *(int *) data += redirect(object, others, n_others, symbols, names, clock);
         }
     }
     return 0;
 }
 
-// How many calls of the C++ library now read this clock.
+// How many calls now read these clocks.
 int clock_install(void) {
     int n = 0;
     dl_iterate_phdr(visit, &n);

@@ -56,7 +56,7 @@ def _library() -> tuple[ctypes.CDLL, ctypes.PyDLL] | None:
         if done.returncode != 0:
             return None
         free, holding = ctypes.CDLL(str(built)), ctypes.PyDLL(str(built))
-    lc.CancelToken()  # the C++ library is loaded
+    lc.CancelToken(), lc.Model  # both extensions are loaded, and the C++ library
     free.clock_arm.argtypes = [ctypes.c_void_p]
     free.clock_arm.restype = None
     holding.clock_hold.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_long]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import llamacancel as lc
+from llamacancel._sampler import choose_tokens
 from llamacancel.scheduler import Outcome, Plan
 from tests.unit.engines import (
     GENERATIVE,
@@ -281,13 +282,12 @@ def test_a_request_cancelled_while_its_token_is_chosen_ends_as_cancelled(monkeyp
     with engine("llama", slots=2) as e:
         with Gate(e):
             generations = [e.submit(each, max_tokens=8, sampler=greedy(), logprobs=2) for each in prompts]
-            choose = generations[1]._choose
 
-            def cancelled_meanwhile(context: lc.Context, row: int) -> tuple[int, bool]:
+            def cancelled_meanwhile(*args: Any) -> list[int | Exception]:
                 generations[1].cancel("changed my mind")
-                return choose(context, row)
+                return choose_tokens(*args)
 
-            monkeypatch.setattr(generations[1], "_choose", cancelled_meanwhile)
+            monkeypatch.setattr("llamacancel.runner.choose_tokens", cancelled_meanwhile)
         with pytest.raises(lc.DecodeCancelled, match="changed my mind"):
             generations[1].result(60)
         generations[0].result(60)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import llamacancel as lc
+from llamacancel._sampler import choose_tokens
 from tests.conftest import batch_of, prompt
 
 LoadedModel = Callable[[str], lc.Model]
@@ -314,3 +315,51 @@ def test_what_a_schema_leaves_open_is_logged_and_not_printed(
     lc.json_schema_to_grammar({"type": "string", "pattern": "("})
     assert any("pattern ( is not supported" in record.message for record in caplog.records)
     assert capfd.readouterr() == ("", "")
+
+
+# ---- several rows at a time -----------------------------------------------------------------------------------------
+
+
+def test_several_rows_get_the_tokens_that_they_would_get_one_by_one(model_of: LoadedModel) -> None:
+    with model_of("llama").context(n_ctx=256, n_threads=2) as ctx:
+        ctx.decode(batch_of(prompt(model_of("llama"), 40), logits="all"))
+        letters = {"grammar": "root ::= [a-z]+"}
+        together = [
+            lc.Sampler(temperature=1.5, top_k=0, seed=i, **letters if i % 4 == 0 else {})  # type: ignore[arg-type]
+            for i in range(40)
+        ]
+        alone = [sampler.clone() for sampler in together]
+        for _ in range(5):
+            found = choose_tokens(ctx, [(sampler, i, lc.CancelToken()) for i, sampler in enumerate(together)])
+            assert found == [sampler.sample(ctx, i) for i, sampler in enumerate(alone)]
+
+
+def test_of_several_rows_each_fails_alone(ctx: lc.Context) -> None:
+    gone, going = lc.CancelToken(), lc.CancelToken()
+    gone.cancel("gone")
+    impossible = lc.Sampler(logit_bias=dict.fromkeys(range(ctx.model.n_vocab), -math.inf))
+    samplers = [lc.Sampler(temperature=1.5, top_k=0, seed=i) for i in range(5)]
+    rest = [sampler.clone() for sampler in samplers]
+    for _ in range(3):
+        found = choose_tokens(
+            ctx,
+            [
+                (samplers[0], 3, going),
+                (samplers[1], 4, going),  # has no logits
+                (samplers[2], 11, gone),
+                (impossible, 3, going),
+                (samplers[0], 11, going),  # is in use
+                (samplers[3], -1, going),
+            ],
+        )
+        kinds = [type(one) for one in found]
+        assert kinds == [int, IndexError, lc.DecodeCancelled, ValueError, lc.ContextBusyError, int]
+        assert isinstance(found[2], lc.DecodeCancelled)
+        assert found[2].reason == "gone"
+        assert "no token of the vocabulary" in str(found[3])
+        assert (found[0], found[5]) == (rest[0].sample(ctx, 3), rest[3].sample(ctx, 11))
+    assert [s.sample(ctx) for s in samplers] == [r.sample(ctx) for r in rest], "those that failed are as they were"
+
+
+def test_no_rows_get_no_tokens(ctx: lc.Context) -> None:
+    assert choose_tokens(ctx, []) == []

@@ -120,8 +120,7 @@ public:
 
 private:
     bool interrupted() noexcept {
-        const int64_t now = now_ns();
-        if (now >= next_hook_ns_) {
+        if (coarse_now_ns() >= next_hook_ns_) {
             interrupted_ = hook_(hook_arg_);
             interrupted_at_ns_ = now_ns();
             next_hook_ns_ = interrupted_at_ns_ + kHookInterval;

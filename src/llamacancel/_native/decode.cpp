@@ -181,7 +181,7 @@ private:
                 break;
             }
             ChunkArrays arrays(batch_, chunk);
-            if (!encoding_ && !box_.journal_.before(arrays.ubatch())) {
+            if (!encoding_ && !box_.journal_.before(arrays.ubatch(), n_threads(chunk))) {
                 return failed(Status::Full, "the context's memory has no room for the batch");
             }
             protect_outputs(chunk);
@@ -203,6 +203,11 @@ private:
             }
         }
         finished();
+    }
+
+    // With which llama.cpp computes so many rows.
+    int n_threads(const Chunk & chunk) const {
+        return chunk.rows.size() > 1 ? llama_n_threads_batch(box_.ctx_) : llama_n_threads(box_.ctx_);
     }
 
     int32_t compute(llama_batch batch) {

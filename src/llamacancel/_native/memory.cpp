@@ -16,6 +16,7 @@
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
 #include "llama-memory-recurrent.h"
+#include "team.hpp"
 
 namespace llamacancel {
 
@@ -62,6 +63,8 @@ llama_kv_cells_vec & cells_of(llama_kv_cache & cache) { return *(cache.*expose(C
 bool has_left_window(llama_kv_cache & cache, llama_pos pos, llama_pos next) {
     return llama_hparams::is_masked_swa(cache.*expose(Window{}), cache.*expose(WindowType{}), pos, next);
 }
+
+constexpr size_t kLeastShared = 128 * 1024;  // bytes from which on it pays to copy with all threads
 
 constexpr size_t kCellsBetweenLooks = 1024;  // are copied at once: on an RPC server each copy is a round trip
 
@@ -401,7 +404,10 @@ struct Undo::Cache {
 
 struct Undo::Recurrent {
     explicit Recurrent(llama_memory_recurrent & memory) : memory(memory), n_rows(memory.size * (1 + memory.n_rs_seq)) {
-        visit(0, [&](ggml_tensor *, size_t, size_t size) { cell_bytes += size; });
+        visit(0, [&](ggml_tensor * tensor, size_t, size_t size) {
+            cell_bytes += size;
+            is_host = is_host && ggml_backend_buffer_is_host(tensor->buffer);
+        });
     }
 
     // The bookkeeping, which is a few words for each sequence. llama.cpp's own prepare() copies it, too.
@@ -428,7 +434,7 @@ struct Undo::Recurrent {
         rows.clear();
     }
 
-    bool save(const llama_ubatch & ubatch) {
+    bool save(const llama_ubatch & ubatch, int n_threads) {
         const Books now = read();
         const bool found = memory.find_slot(ubatch);
         const uint32_t first = memory.head;
@@ -440,7 +446,7 @@ struct Undo::Recurrent {
         // The graph writes the states of all cells from the first to the last, those that it moves included.
         for (uint32_t cell = first; cell < last; ++cell) {
             if (!books.cells[cell].is_empty() && std::find(rows.begin(), rows.end(), cell) == rows.end()) {
-                keep(cell);
+                keep(cell, n_threads);
             }
         }
         return true;
@@ -448,20 +454,30 @@ struct Undo::Recurrent {
 
     void save_sequence(llama_seq_id seq) {
         if (books.cells[seq].tail >= 0) {
-            keep(books.cells[seq].tail);
+            keep(books.cells[seq].tail, 1);
         }
     }
 
-    void keep(uint32_t cell) {
+    void keep(uint32_t cell, int n_threads) {
         // Grows and never shrinks, so that a call for a single token costs one copy and no more.
         if (data.size() < (rows.size() + 1) * cell_bytes) {
             data.resize((rows.size() + 1) * cell_bytes);
         }
-        uint8_t * to = data.data() + rows.size() * cell_bytes;
+        uint8_t * const to = data.data() + rows.size() * cell_bytes;
         rows.push_back(cell);
+        const int n = is_host && cell_bytes >= kLeastShared ? n_threads : 1;
+        share(n, n, [&](int i) { copy_part(cell, to, cell_bytes * i / n, cell_bytes * (i + 1) / n); });
+    }
+
+    // Copies the bytes from `begin` to `end` of a cell's state, all tensors' in a row, to their place from `to` on.
+    void copy_part(uint32_t cell, uint8_t * to, size_t begin, size_t end) const {
+        size_t at = 0;  // where the tensor's part begins
         visit(cell, [&](ggml_tensor * tensor, size_t offset, size_t size) {
-            ggml_backend_tensor_get(tensor, to, offset, size);
-            to += size;
+            const size_t first = std::max(begin, at), last = std::min(end, at + size);
+            if (first < last) {
+                ggml_backend_tensor_get(tensor, to + first, offset + first - at, last - first);
+            }
+            at += size;
         });
     }
 
@@ -539,6 +555,7 @@ struct Undo::Recurrent {
     const uint32_t n_rows;
     Books books;
     size_t cell_bytes = 0;       // of one cell's state, over all layers
+    bool is_host = true;         // all of them are in memory that the CPU reads
     std::vector<uint32_t> rows;  // cells whose states are in `data`, in this order
     std::vector<uint8_t> data;
 };
@@ -561,13 +578,13 @@ void Undo::begin() {
     if (recurrent_) recurrent_->begin();
 }
 
-bool Undo::save(const llama_ubatch & ubatch) {
+bool Undo::save(const llama_ubatch & ubatch, int n_threads) {
     for (auto & cache : caches_) {
         if (!cache->save(ubatch)) {
             return false;
         }
     }
-    return !recurrent_ || recurrent_->save(ubatch);
+    return !recurrent_ || recurrent_->save(ubatch, n_threads);
 }
 
 void Undo::save_sequence(llama_seq_id seq, const std::function<void()> & poll) {
@@ -603,15 +620,15 @@ void Journal::begin(std::vector<llama_seq_id> seqs, bool keep) {
     origin_.begin();
 }
 
-bool Journal::before(const llama_ubatch & ubatch) {
+bool Journal::before(const llama_ubatch & ubatch, int n_threads) {
     if (keep_) {
         look(held_, used_);
         latest_.begin();
-        if (!latest_.save(ubatch)) {
+        if (!latest_.save(ubatch, n_threads)) {
             return false;
         }
     }
-    return origin_.save(ubatch);
+    return origin_.save(ubatch, n_threads);
 }
 
 std::vector<llama_seq_id> Journal::rollback() { return repair(origin_, held_at_start_, used_at_start_); }

@@ -62,8 +62,9 @@ public:
 
     void begin();
 
-    // Saves what `ubatch` will overwrite and was not saved since begin(). False if there is no slot for it.
-    bool save(const llama_ubatch & ubatch);
+    // Saves what `ubatch` will overwrite and was not saved since begin(), with the threads that will compute it. False if
+    // there is no slot for it.
+    bool save(const llama_ubatch & ubatch, int n_threads);
 
     // Saves all that a sequence holds, before it is replaced as a whole; restore() puts it back. `poll` is called
     // between cells, and may throw.
@@ -92,7 +93,7 @@ public:
 
     // `keep`: rollback_last() will be asked for; costs a second copy of what each ubatch overwrites.
     void begin(std::vector<llama_seq_id> seqs, bool keep);
-    bool before(const llama_ubatch & ubatch);
+    bool before(const llama_ubatch & ubatch, int n_threads);
 
     // Each returns the sequences that it could not repair. What it did was looked at afterwards.
     std::vector<llama_seq_id> rollback();

@@ -10,6 +10,7 @@
 
 #include "llama-grammar.h"
 #include "steps.hpp"
+#include "team.hpp"
 
 namespace llamacancel {
 
@@ -268,6 +269,13 @@ Status sample(llama_sampler * chain, const float * logits, int32_t n_vocab, Call
         token = chosen.id;
     });
     return status == Status::Done ? accept(chain, token, message) : status;
+}
+
+void sample(std::vector<Draw> & draws, int32_t n_vocab, int n_threads) {
+    share(n_threads, static_cast<int>(draws.size()), [&](int i) {
+        Draw & draw = draws[i];
+        draw.status = sample(draw.chain, draw.logits, n_vocab, draw.call, draw.token, draw.message);
+    });
 }
 
 Status accept(llama_sampler * chain, llama_token token, std::string & message) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "box.hpp"
 
@@ -12,6 +13,20 @@ namespace llamacancel {
 // of llama.cpp fails. Status::Cancelled leaves the chain as it was.
 Status sample(llama_sampler * chain, const float * logits, int32_t n_vocab, Call & call, llama_token & token,
               std::string & message);
+
+// The sampling of one of several rows: its chain, its logits and its call, and what came of it.
+struct Draw {
+    llama_sampler * chain = nullptr;
+    const float * logits = nullptr;
+    Call call;
+    Status status = Status::Done;
+    llama_token token = -1;
+    std::string message;
+};
+
+// sample() for several rows with as many chains, shared among `n_threads` threads.
+void sample(std::vector<Draw> & draws, int32_t n_vocab, int n_threads);
+
 Status accept(llama_sampler * chain, llama_token token, std::string & message);
 void reset(llama_sampler * chain);
 

@@ -1,0 +1,21 @@
+// Work of our own for the threads that llama.cpp computes with.
+//
+// ggml's CPU backend computes each graph in an OpenMP team of the calling thread, and between two graphs the team waits
+// in a loop. One of the same size is here at once; to ask for another size would be to make a new one, and again for the
+// next graph. Where ggml was built without OpenMP the calling thread does all.
+#pragma once
+
+namespace llamacancel {
+
+// Calls work(0) ... work(n - 1), which must not throw, on `n_threads` threads; returns when all have returned.
+template <typename Work>
+void share([[maybe_unused]] int n_threads, int n, const Work & work) {
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(n_threads) schedule(dynamic) if (n_threads > 1 && n > 1)
+#endif
+    for (int i = 0; i < n; ++i) {
+        work(i);
+    }
+}
+
+}  // namespace llamacancel
