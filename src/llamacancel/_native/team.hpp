@@ -5,16 +5,29 @@
 // next graph. Where ggml was built without OpenMP the calling thread does all.
 #pragma once
 
+#include <exception>
+
 namespace llamacancel {
 
-// Calls work(0) ... work(n - 1), which must not throw, on `n_threads` threads; returns when all have returned.
+// Calls work(0) ... work(n - 1) on `n_threads` threads; returns when all have returned, and throws what one of them threw.
 template <typename Work>
 void share([[maybe_unused]] int n_threads, int n, const Work & work) {
+    std::exception_ptr thrown;  // may not leave the loop: OpenMP would end the process
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(n_threads) schedule(dynamic) if (n_threads > 1 && n > 1)
 #endif
     for (int i = 0; i < n; ++i) {
-        work(i);
+        try {
+            work(i);
+        } catch (...) {
+#ifdef _OPENMP
+#pragma omp critical(llamacancel_share)
+#endif
+            thrown = std::current_exception();
+        }
+    }
+    if (thrown) {
+        std::rethrow_exception(thrown);
     }
 }
 
