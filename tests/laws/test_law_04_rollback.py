@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import llamacancel as lc
+from llamacancel.make_model import cached_model
+from tests import device
 from tests.conftest import GENERATIVE
 
 from .clock import deadline_at, in_the_middle
@@ -94,6 +96,24 @@ def test_cancels_from_another_thread_at_random_moments_leave_no_trace(
         assert holds(context) == at_first
     assert same_bits(decode(context, rows), decode(twin, rows))
     assert same_bits(one_more(context), one_more(twin))
+
+
+def test_a_large_recurrent_state_which_several_threads_copy_is_put_back() -> None:
+    rows = [batch((tokens(24, 3), 30, 0), (tokens(24, 4), 40, 1)), batch(([321], 30, 0), ([322], 40, 1))]
+    with device.load(cached_model("mamba", "small")) as model:
+        settings: dict[str, Any] = {"n_ctx": 256, "n_seq_max": 2, "n_ubatch": 32, **device.CONTEXT}
+        with model.context(n_threads=2, **settings) as context, model.context(n_threads=1, **settings) as twin:
+            for each in (context, twin):
+                _history(each)
+            at_first = holds(context)
+            for call in rows:
+                for reading in (5, 50, 250):
+                    cancelled_at(context, call, reading)
+                    assert holds(context) == at_first
+                assert context.state.save(0) == twin.state.save(0)
+            assert context.decode(rows[0]).snapshot_bytes > 1_000_000
+            assert same_bits(outputs(context, rows[0]), decode(twin, rows[0]))
+            assert same_bits(one_more(context), one_more(twin))
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
