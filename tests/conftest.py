@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from . import device
 GENERATIVE = ["llama", "swa", "mamba", "hybrid", "moe"]
 
 TEXT = "A cancel reaches exactly the work it names, at once, and leaves everything else as if nothing had happened. "
+
+# A process in the background may have been told to ignore Ctrl-C, and those that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
