@@ -220,30 +220,29 @@ cdef class Sampler:
                 the next token cannot be told in reasonable time.
         """
         cdef int32_t row = _params.integer("i", i, -2**31, 2**31 - 1)
-        cdef Call call = Call(state_of(token))
-        cdef llama_token chosen = -1
-        cdef const float * logits
+        cdef Draw draw
         cdef int32_t n_vocab
-        cdef string message
-        cdef Status status
-        ctx._acquire(&call, None, "sample")
+        draw.call = Call(state_of(token))
+        ctx._acquire(&draw.call, None, "sample")
         try:
             self._enter("sample")
             try:
-                self._bind(ctx.box.get().model())
-                logits = ctx._logits_of(row)
+                self._prepare(draw, ctx, row)
                 n_vocab = ctx.box.get().outputs().n_vocab
                 with nogil:
-                    status = sample(self.chain, logits, n_vocab, call, chosen, message)
+                    sample(draw, n_vocab)
             finally:
                 self.busy = False
         finally:
             ctx.box.get().release()
-        if status == Status.Cancelled:
-            raise_cancelled("sample", call, None)
-        if status != Status.Done:
-            raise ValueError(text_of(message))
-        return chosen
+        return _chosen(draw)
+
+    cdef int _prepare(self, Draw & draw, Context ctx, int32_t row) except -1:
+        """Sets what is drawn from, in a context that the caller holds."""
+        self._bind(ctx.box.get().model())
+        draw.chain = self.chain
+        draw.logits = ctx._logits_of(row)
+        return 0
 
     def accept(self, token, *, model=None):
         """Tell the chain of a token that was chosen elsewhere (a prompt's, say), for penalties and grammar.
@@ -324,21 +323,17 @@ def choose_tokens(Context ctx not None, list rows not None):
     cdef int32_t n_vocab
     cdef int n_threads
     cdef Sampler sampler
-    cdef Draw * draw
     cdef list entered = []
     cdef list told = []
     ctx._acquire(NULL, None, "sample")
     try:
         for each, row, token in rows:
             sampler = each
-            draw = &draws[n]
             try:
                 sampler._enter("sample")
                 entered.append(sampler)
-                sampler._bind(ctx.box.get().model())
-                draw.logits = ctx._logits_of(row)
-                draw.chain = sampler.chain
-                draw.call = Call(state_of(token))
+                sampler._prepare(draws[n], ctx, row)
+                draws[n].call = Call(state_of(token))
             except Exception as error:
                 told.append(error)
             else:
@@ -356,21 +351,21 @@ def choose_tokens(Context ctx not None, list rows not None):
     n = 0
     for i in range(len(told)):
         if told[i] is None:
-            told[i] = _told(draws[n])
+            try:
+                told[i] = _chosen(draws[n])
+            except Exception as error:
+                told[i] = error
             n += 1
     return told
 
 
-cdef object _told(Draw & draw):
-    """What came of it: the token, or an exception."""
-    if draw.status == Status.Done:
-        return draw.token
-    try:
-        if draw.status == Status.Cancelled:
-            raise_cancelled("sample", draw.call, None)
+cdef object _chosen(Draw & draw):
+    """The token that was drawn; raises why there is none."""
+    if draw.status == Status.Cancelled:
+        raise_cancelled("sample", draw.call, None)
+    if draw.status != Status.Done:
         raise ValueError(text_of(draw.message))
-    except Exception as error:
-        return error
+    return draw.token
 
 
 def json_schema_to_grammar(schema):

@@ -41,7 +41,6 @@ from tests.device import *
 from tests.laws.clock import *
 from tests.laws.words import *
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may have been told to ignore it
 rows = batch((tokens(100, 1), 30, 0), logits="last")
 
 def pair(arch):

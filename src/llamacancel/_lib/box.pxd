@@ -206,8 +206,6 @@ cdef extern from "rpc.hpp" namespace "llamacancel" nogil:
 
 
 cdef extern from "sampler.hpp" namespace "llamacancel" nogil:
-    Status sample(llama_sampler * chain, const float * logits, int32_t n_vocab, Call & call, llama_token & token,
-                  string & message) except +
     struct Draw:
         llama_sampler * chain
         const float * logits
@@ -215,6 +213,7 @@ cdef extern from "sampler.hpp" namespace "llamacancel" nogil:
         Status status
         llama_token token
         string message
+    void sample(Draw & draw, int32_t n_vocab) except +
     void sample_rows "llamacancel::sample" (vector[Draw] & draws, int32_t n_vocab, int n_threads) except +
     Status accept(llama_sampler * chain, llama_token token, string & message) except +
     void reset(llama_sampler * chain) except +

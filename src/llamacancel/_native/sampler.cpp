@@ -244,20 +244,19 @@ Status guarded(Call & call, std::string & message, const Work & work) {
 
 }  // namespace
 
-Status sample(llama_sampler * chain, const float * logits, int32_t n_vocab, Call & call, llama_token & token,
-              std::string & message) {
-    Status status = guarded(call, message, [&] {
+void sample(Draw & draw, int32_t n_vocab) {
+    draw.status = guarded(draw.call, draw.message, [&] {
         std::vector<llama_token_data> candidates(n_vocab);
         bool numbers = true;
         for (llama_token id = 0; id < n_vocab; ++id) {
-            candidates[id] = {id, logits[id], 0.0f};
-            numbers &= logits[id] < INFINITY;
+            candidates[id] = {id, draw.logits[id], 0.0f};
+            numbers &= draw.logits[id] < INFINITY;
         }
         if (!numbers) {
             throw std::runtime_error("the logits are not numbers: there are NaNs or infinities among them");
         }
         llama_token_data_array array = {candidates.data(), candidates.size(), -1, false};
-        llama_sampler_apply(chain, &array);
+        llama_sampler_apply(draw.chain, &array);
         if (array.selected < 0 || array.selected >= static_cast<int64_t>(array.size)) {
             throw std::runtime_error("the sampler selected no token");
         }
@@ -266,16 +265,15 @@ Status sample(llama_sampler * chain, const float * logits, int32_t n_vocab, Call
             throw std::runtime_error(
                 "no token of the vocabulary is left to choose: the grammar or the biases exclude them all");
         }
-        token = chosen.id;
+        draw.token = chosen.id;
     });
-    return status == Status::Done ? accept(chain, token, message) : status;
+    if (draw.status == Status::Done) {
+        draw.status = accept(draw.chain, draw.token, draw.message);
+    }
 }
 
 void sample(std::vector<Draw> & draws, int32_t n_vocab, int n_threads) {
-    share(n_threads, static_cast<int>(draws.size()), [&](int i) {
-        Draw & draw = draws[i];
-        draw.status = sample(draw.chain, draw.logits, n_vocab, draw.call, draw.token, draw.message);
-    });
+    share(n_threads, static_cast<int>(draws.size()), [&](int i) { sample(draws[i], n_vocab); });
 }
 
 Status accept(llama_sampler * chain, llama_token token, std::string & message) {

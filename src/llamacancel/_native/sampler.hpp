@@ -8,13 +8,7 @@
 
 namespace llamacancel {
 
-// Applies the chain to a row of logits, draws a token and tells the chain of it. Status::Invalid with a message where
-// the logits are no numbers, where no token is left to draw, where the grammar is too ambiguous, or where an assertion
-// of llama.cpp fails. Status::Cancelled leaves the chain as it was.
-Status sample(llama_sampler * chain, const float * logits, int32_t n_vocab, Call & call, llama_token & token,
-              std::string & message);
-
-// The sampling of one of several rows: its chain, its logits and its call, and what came of it.
+// The sampling of a row: its chain, its logits and its call, and what came of it.
 struct Draw {
     llama_sampler * chain = nullptr;
     const float * logits = nullptr;
@@ -24,7 +18,12 @@ struct Draw {
     std::string message;
 };
 
-// sample() for several rows with as many chains, shared among `n_threads` threads.
+// Applies the chain to the row's logits, draws a token and tells the chain of it. Status::Invalid with a message where
+// the logits are no numbers, where no token is left to draw, where the grammar is too ambiguous, or where an assertion
+// of llama.cpp fails. Status::Cancelled leaves the chain as it was.
+void sample(Draw & draw, int32_t n_vocab);
+
+// The same for several rows with as many chains, shared among `n_threads` threads.
 void sample(std::vector<Draw> & draws, int32_t n_vocab, int n_threads);
 
 Status accept(llama_sampler * chain, llama_token token, std::string & message);
