@@ -11,6 +11,7 @@ from ._context import Context
 from ._llama import build_info
 from ._model import LoraAdapter, Model
 from ._params import LatencyPlan
+from ._result import DecodeResult
 from ._sampler import Sampler, json_schema_to_grammar
 from .batch import Batch
 from .engine import Engine
@@ -33,7 +34,6 @@ from .errors import (
     StateError,
 )
 from .generation import Embedding, Generation, GenerationResult, Piece, TokenInfo
-from .outcome import DecodeResult
 from .usage import Usage
 from .views import EngineSnapshot, RequestView, SlotView
 

@@ -16,7 +16,7 @@ cdef class Context:
     cdef tuple _lora                 # the adapters in use, kept alive
 
     cdef int _check_open(self) except -1
-    cdef int _acquire(self, Call * call, Interrupt interrupt, str what, sequences=*) except -1
+    cdef int _acquire(self, Call * call, Interrupt interrupt, str what, batch=*, token=*) except -1
     cdef int _check_seq(self, seq_id) except -1
     cdef object _raise_dirty(self, seq_ids)
     cdef object _run(self, batch, token, on_cancel, abort_when, bint encoding)

@@ -9,8 +9,8 @@ from ._cancel import CancelToken
 from ._memory import Memory, State
 from ._model import LoraAdapter, Model
 from ._params import LatencyPlan
+from ._result import DecodeResult
 from .batch import Batch
-from .outcome import DecodeResult
 
 Pooling = Literal["none", "mean", "cls", "last", "rank"]
 RopeScaling = Literal["none", "linear", "yarn", "longrope"]

@@ -23,6 +23,7 @@ from ._lib.token cimport TokenState
 from ._llama cimport (
     Interrupt, cause_of, check_forked, check_process, drain_log, raise_cancelled, text_of, watch_signals)
 from ._model cimport LoraAdapter, Model
+from ._result cimport outcomes_of, result_of, survivors_of, untouched
 
 from . import _params
 from ._cancel import Cause
@@ -35,12 +36,13 @@ from .errors import (
     DirtySequenceError,
     InvalidBatchError,
     MemoryFullError,
-    SequenceOutcome,
 )
-from .outcome import STATES, DecodeResult, cancelled_error
+from .outcome import cancelled_error
 
 cdef dict _ON_CANCEL = {"rollback": 0, "keep": 1}
 cdef dict _ABORT_WHEN = {"all": 0, "majority": 1, "any": 2}
+cdef str _ROLLBACK = "rollback"
+cdef str _ALL = "all"
 cdef int _LARGEST_UBATCH = 512  # on a CPU nothing is gained beyond
 
 
@@ -231,8 +233,8 @@ cdef class Context:
             raise ClosedError("the context is closed")
         return check_process(self.pid, "the context")
 
-    cdef int _acquire(self, Call * call, Interrupt interrupt, str what, sequences=None) except -1:
-        # `sequences()`: what the call leaves of its sequences if it is cancelled while it waits.
+    cdef int _acquire(self, Call * call, Interrupt interrupt, str what, batch=None, token=None) except -1:
+        # `batch`, `token`: those of a decode, for what it leaves of its sequences if it is cancelled while it waits.
         self._check_open()
         cdef shared_ptr[ContextBox] box = self.box
         cdef Status status
@@ -242,7 +244,7 @@ cdef class Context:
             raise ContextBusyError(f"{what}: the context is in use; pass a token to wait under, or use a second one")
         if status == Status.Cancelled:
             raise_cancelled(f"{what}, waiting for the context,", call[0], interrupt, None,
-                            None if sequences is None else sequences())
+                            None if batch is None else untouched(batch, token))
         if self.box != box:
             box.get().release()
             raise ClosedError("the context was closed while the call waited for it")
@@ -287,12 +289,15 @@ cdef class Context:
         return self._run(batch, token, "rollback", "all", True)
 
     cdef object _run(self, batch, token, on_cancel, abort_when, bint encoding):
-        self._check_open()
         cdef str what = "encode" if encoding else "decode"
         if not isinstance(batch, Batch):
             raise TypeError(f"batch must be a Batch, not {type(batch).__name__}")
-        cdef OnCancel keep = <OnCancel> <int> _params.choice("on_cancel", on_cancel, _ON_CANCEL)
-        cdef AbortWhen when = <AbortWhen> <int> _params.choice("abort_when", abort_when, _ABORT_WHEN)
+        cdef OnCancel keep = OnCancel.Rollback
+        cdef AbortWhen when = AbortWhen.All
+        if on_cancel is not _ROLLBACK:
+            keep = <OnCancel> <int> _params.choice("on_cancel", on_cancel, _ON_CANCEL)
+        if abort_when is not _ALL:
+            when = <AbortWhen> <int> _params.choice("abort_when", abort_when, _ABORT_WHEN)
         cdef _View view = _view_of(batch)
         cdef cppmap[llama_seq_id, shared_ptr[TokenState]] tokens
         cdef Call call
@@ -309,7 +314,7 @@ cdef class Context:
         cdef DecodeReport report
         view.readers += 1
         try:
-            self._acquire(&call, interrupt, what, lambda: _untouched(batch, token))
+            self._acquire(&call, interrupt, what, batch, token)
             try:
                 problem = box.get().unusable()
                 if not problem.empty():
@@ -336,18 +341,14 @@ cdef class Context:
             raise MemoryFullError(text_of(report.message))
         if report.status == Status.NoMemory:
             raise MemoryError(f"{what}: {text_of(report.message)}; the context is as before the call")
-        sequences = {
-            item.seq: SequenceOutcome(STATES[<int> item.state], item.start, item.end, item.cancelled)
-            for item in report.sequences
-        }
-        survivors = [seq for seq, outcome in sequences.items() if not outcome.cancelled]
         if report.status == Status.Done:
-            return DecodeResult(report.rows_done, report.n_ubatches, report.seconds, report.repair_seconds,
-                                report.snapshot_bytes, sequences, survivors)
+            return result_of(report)
+        sequences = outcomes_of(report.sequences)
         error = cancelled_error(
             what, Cause.INTERRUPT if report.interrupted else cause_of(report.verdict),
             report.verdict.reason.decode("utf-8", "replace"), report.latency,
-            sequences=sequences, survivors=survivors, rows_done=report.rows_done, repair_seconds=report.repair_seconds)
+            sequences=sequences, survivors=survivors_of(sequences), rows_done=report.rows_done,
+            repair_seconds=report.repair_seconds)
         if report.interrupted:
             raise interrupt.error from error
         raise error
@@ -581,17 +582,6 @@ def _register(memory, state):
     """Called by `_memory`, which builds on this module: the classes of `Context.memory` and `Context.state`."""
     global _Memory, _State
     _Memory, _State = memory, state
-
-
-cdef dict _untouched(batch, token):
-    """What a call that never had its turn leaves of its batch's sequences: all, as it was."""
-    seqs, first = np.unique(batch._seq_id[: batch._seq_offset[len(batch)]], return_index=True)
-    rows = np.searchsorted(batch._seq_offset[: len(batch) + 1], first, side="right") - 1
-    outcomes = {}
-    for seq, start in zip(seqs.tolist(), batch._pos[rows].tolist()):
-        own = token.get(seq) if isinstance(token, dict) else token
-        outcomes[seq] = SequenceOutcome("rolled_back", start, start, own is not None and own.cancelled)
-    return outcomes
 
 
 cdef _copy_of(const float * data, size_t n):

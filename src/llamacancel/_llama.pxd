@@ -8,7 +8,7 @@ cdef class Interrupt:
     cdef object error        # what a signal handler raised in the middle of the call; None if none did
     cdef bint armed          # on the main thread: the wakeup fd is ours for the life of this object
     cdef int previous_fd     # whose it was before
-    cdef bytearray received  # signal numbers to pass on to it
+    cdef bytes received      # signal numbers to pass on to it, if there were any
 
     cdef int arm(self) except -1
     cdef void collect(self)

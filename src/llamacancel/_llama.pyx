@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals, PyErr_ExceptionMatches, PyErr_WriteUnraisable
 from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.ref cimport Py_DECREF, PyObject
@@ -120,6 +121,7 @@ cdef extern from "poll.h" nogil:
 cdef unsigned long _main_thread = threading.main_thread().ident
 cdef int _wakeup_read = -1   # a pipe, made when the first call needs it: Python's C-level signal handler
 cdef int _wakeup_write = -1  # writes to it, so that a signal is known of without asking for the GIL
+cdef object _set_wakeup_fd = signal.set_wakeup_fd
 
 
 def _after_fork_in_child():
@@ -135,6 +137,7 @@ def _after_fork_in_child():
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+@cython.no_gc
 cdef class Interrupt:
     """Runs Python's signal handlers in the middle of a native call, and keeps what one of them raised."""
 
@@ -145,23 +148,22 @@ cdef class Interrupt:
             os.set_blocking(reader, False)
             os.set_blocking(writer, False)
             _wakeup_read, _wakeup_write = reader, writer
-        self.received = bytearray()
-        self.previous_fd = signal.set_wakeup_fd(_wakeup_write, warn_on_full_buffer=False)
+        self.previous_fd = _set_wakeup_fd(_wakeup_write)
         self.armed = True
         return 0
 
     def __dealloc__(self):
         if self.armed:
             self.collect()
-            signal.set_wakeup_fd(self.previous_fd)
-            if self.received and self.previous_fd >= 0 and self.previous_fd != _wakeup_write:
+            _set_wakeup_fd(self.previous_fd)
+            if self.received is not None and self.previous_fd >= 0 and self.previous_fd != _wakeup_write:
                 write(self.previous_fd, <char *> self.received, len(self.received))
 
     cdef void collect(self):
         cdef char buffer[64]
         cdef ssize_t n = read(_wakeup_read, buffer, sizeof(buffer))
         while n > 0:
-            self.received += buffer[:n]
+            self.received = (self.received or b"") + buffer[:n]
             n = read(_wakeup_read, buffer, sizeof(buffer))
 
 

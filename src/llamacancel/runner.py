@@ -9,6 +9,7 @@ from typing import Any, cast
 from ._cancel import CancelToken
 from ._context import Context
 from ._model import Model
+from ._result import DecodeResult
 from ._sampler import choose_tokens
 from .batch import Batch
 from .errors import (
@@ -21,7 +22,6 @@ from .errors import (
     SequenceOutcome,
 )
 from .generation import Embedding, Generation
-from .outcome import DecodeResult
 from .scheduler import Clear, Copy, Cut, Fault, MemoryRules, Outcome, Plan, Rows, Sampled
 from .scheduler.plan import Action
 from .work import Work, ending_of

@@ -12,11 +12,11 @@ from types import ModuleType
 
 import pytest
 
-from llamacancel import _cancel, _context, _memory, _model, _sampler
+from llamacancel import _cancel, _context, _memory, _model, _result, _sampler
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "llamacancel"
-MODULES: list[ModuleType] = [_cancel, _model, _context, _memory, _sampler]
+MODULES: list[ModuleType] = [_cancel, _model, _result, _context, _memory, _sampler]
 
 # What every object has, and what Python makes of `__init__`, `__del__` and the like.
 IMPLIED = {
@@ -115,7 +115,7 @@ def _shape(arguments: ast.arguments) -> list[tuple[str, str, str]]:
     return [(kind, arg.arg, ast.unparse(default) if default else "") for kind, arg, default in public]
 
 
-@pytest.mark.parametrize("module", [_model, _context, _memory, _sampler], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [_model, _result, _context, _memory, _sampler], ids=lambda module: module.__name__)
 def test_the_stub_has_the_arguments_and_defaults_of_the_source(module: ModuleType) -> None:
     written = {node.name: node for node in _source(module).body if isinstance(node, ast.FunctionDef)}
     checked = 0

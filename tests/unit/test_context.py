@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -492,6 +493,9 @@ def test_measuring_leaves_no_threads_of_its_own(model_path: Callable[[str], Path
         before = threads()
         with model.context(n_ctx=64, n_threads=2) as context:
             assert context.latency_plan.node_seconds is not None
+            end = time.monotonic() + 60
+            while threads() - before and time.monotonic() < end:
+                time.sleep(0.001)  # those that have ended are listed for a moment yet
             assert not threads() - before
 
 
@@ -510,6 +514,31 @@ def test_a_context_that_was_not_closed_warns(model_of: LoadedModel) -> None:
     with pytest.warns(ResourceWarning, match="unclosed <Context"):
         held.clear()
     gc.collect()
+
+
+@pytest.mark.parametrize("how", [lambda it: pickle.loads(pickle.dumps(it)), copy.copy, copy.deepcopy])
+def test_a_result_can_be_copied_and_pickled(
+    how: Callable[[lc.DecodeResult], lc.DecodeResult], new_context: NewContext
+) -> None:
+    context = new_context("llama", n_seq_max=2)
+    batch = lc.Batch(5)
+    batch.add_sequence([7, 8, 9], seq_id=1)
+    batch.add_sequence([7, 8], seq_id=0)
+    result = context.decode(batch, lc.CancelToken())
+    again = how(result)
+    assert again == result
+    assert repr(again) == repr(result)
+    assert (again.rows_done, again.survivors) == (5, [0, 1])
+    assert again.sequences == {
+        0: lc.SequenceOutcome("completed", 0, 2, False),
+        1: lc.SequenceOutcome("completed", 0, 3, False),
+    }
+    assert context.decode(batch_of([11], pos=2)) != result
+
+
+def test_a_result_is_made_by_a_decode_only() -> None:
+    with pytest.raises(TypeError, match=r"Context\.decode"):
+        lc.DecodeResult()
 
 
 @pytest.mark.parametrize("how", [pickle.dumps, copy.copy, copy.deepcopy])

@@ -20,7 +20,7 @@ enum class AbortWhen : uint8_t { All, Majority, Any };
 using InterruptHook = bool (*)(void *);
 constexpr int64_t kHookInterval = 50'000'000;
 
-class Call {
+class alignas(64) Call {
 public:
     // Rows of the batch, and the token that speaks for them: all of them, where the rows belong to several.
     struct Watch {
@@ -58,6 +58,7 @@ public:
     // One token for the whole call, or none.
     explicit Call(TokenState::Ptr token) {
         if (token) {
+            only_ = token.get();
             watches_.push_back({std::move(token), 1, {}});
         }
     }
@@ -80,16 +81,9 @@ public:
 
     // True once the call is to stop, and from then on. Called on the calling thread only, without the GIL.
     bool should_stop() noexcept {
-        if (stopped_) {
-            return true;
+        if (!stopped_) {
+            stopped_ = (only_ ? only_->poll() : enough_cancelled()) || (hook_ && interrupted());
         }
-        uint32_t rows = 0;
-        for (const Watch & watch : watches_) {
-            if (watch.cancelled()) {
-                rows += watch.rows;
-            }
-        }
-        stopped_ = rows >= rows_needed_ || (hook_ && interrupted());
         return stopped_;
     }
 
@@ -119,6 +113,14 @@ public:
     }
 
 private:
+    bool enough_cancelled() const noexcept {
+        uint32_t rows = 0;
+        for (const Watch & watch : watches_) {
+            rows += watch.cancelled() ? watch.rows : 0;
+        }
+        return rows >= rows_needed_;
+    }
+
     bool interrupted() noexcept {
         if (coarse_now_ns() >= next_hook_ns_) {
             interrupted_ = hook_(hook_arg_);
@@ -128,14 +130,16 @@ private:
         return interrupted_;
     }
 
-    std::vector<Watch> watches_;
-    uint32_t rows_needed_ = 1;
+    // What a poll reads comes first: the graph has pushed all of it out of the cache.
     bool stopped_ = false;
     bool interrupted_ = false;
-    int64_t interrupted_at_ns_ = 0;  // when the hook last returned
+    uint32_t rows_needed_ = 1;
+    TokenState * only_ = nullptr;  // the token, where the call has a single one
     InterruptHook hook_ = nullptr;
-    void * hook_arg_ = nullptr;
     int64_t next_hook_ns_ = kNever;
+    void * hook_arg_ = nullptr;
+    int64_t interrupted_at_ns_ = 0;  // when the hook last returned
+    std::vector<Watch> watches_;
 };
 
 class CallSlot {

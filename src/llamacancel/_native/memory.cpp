@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "cells.hpp"
+#include "copy.hpp"
 #include "ggml-backend.h"
 #include "llama-hparams.h"
 #include "llama-kv-cache-iswa.h"
@@ -64,7 +65,7 @@ bool has_left_window(llama_kv_cache & cache, llama_pos pos, llama_pos next) {
     return llama_hparams::is_masked_swa(cache.*expose(Window{}), cache.*expose(WindowType{}), pos, next);
 }
 
-constexpr size_t kLeastShared = 128 * 1024;  // bytes from which on it pays to copy with all threads
+constexpr size_t kLarge = 128 * 1024;  // bytes of a state from which on it pays to copy with all threads, past the cache
 
 constexpr size_t kCellsBetweenLooks = 1024;  // are copied at once: on an RPC server each copy is a round trip
 
@@ -404,10 +405,12 @@ struct Undo::Cache {
 
 struct Undo::Recurrent {
     explicit Recurrent(llama_memory_recurrent & memory) : memory(memory), n_rows(memory.size * (1 + memory.n_rs_seq)) {
+        bool is_host = true;
         visit(0, [&](ggml_tensor * tensor, size_t, size_t size) {
             cell_bytes += size;
             is_host = is_host && ggml_backend_buffer_is_host(tensor->buffer);
         });
+        is_large = is_host && cell_bytes >= kLarge;
     }
 
     // The bookkeeping, which is a few words for each sequence. llama.cpp's own prepare() copies it, too.
@@ -418,28 +421,32 @@ struct Undo::Recurrent {
         int32_t rs_z;
     };
 
-    Books read() const { return {memory.cells, memory.rs_idx, memory.used, memory.head, memory.n, memory.rs_z}; }
-
-    void write(const Books & from) {
-        memory.cells = from.cells;
-        memory.rs_idx = from.rs_idx;
-        memory.used = from.used;
-        memory.head = from.head;
-        memory.n = from.n;
-        memory.rs_z = from.rs_z;
+    // From or to the memory, or between books. Takes no memory that is not there already.
+    template <typename From, typename To>
+    static void assign(const From & from, To & to) {
+        to.cells = from.cells;
+        to.rs_idx = from.rs_idx;
+        to.used = from.used;
+        to.head = from.head;
+        to.n = from.n;
+        to.rs_z = from.rs_z;
     }
 
     void begin() {
-        books = read();
+        assign(memory, books);
         rows.clear();
+        at_begin = true;
     }
 
     bool save(const llama_ubatch & ubatch, int n_threads) {
-        const Books now = read();
+        if (!at_begin) {
+            assign(memory, latest);
+        }
         const bool found = memory.find_slot(ubatch);
         const uint32_t first = memory.head;
         const uint32_t last = memory.head + memory.n;
-        write(now);
+        assign(at_begin ? books : latest, memory);
+        at_begin = false;
         if (!found) {
             return false;
         }
@@ -465,7 +472,7 @@ struct Undo::Recurrent {
         }
         uint8_t * const to = data.data() + rows.size() * cell_bytes;
         rows.push_back(cell);
-        const int n = is_host && cell_bytes >= kLeastShared ? n_threads : 1;
+        const int n = is_large ? n_threads : 1;
         share(n, n, [&](int i) { copy_part(cell, to, cell_bytes * i / n, cell_bytes * (i + 1) / n); });
     }
 
@@ -474,7 +481,9 @@ struct Undo::Recurrent {
         size_t at = 0;  // where the tensor's part begins
         visit(cell, [&](ggml_tensor * tensor, size_t offset, size_t size) {
             const size_t first = std::max(begin, at), last = std::min(end, at + size);
-            if (first < last) {
+            if (first < last && is_large) {
+                copy_past_cache(to + first, static_cast<uint8_t *>(tensor->data) + offset + first - at, last - first);
+            } else if (first < last) {
                 ggml_backend_tensor_get(tensor, to + first, offset + first - at, last - first);
             }
             at += size;
@@ -482,7 +491,7 @@ struct Undo::Recurrent {
     }
 
     void restore() {
-        write(books);
+        assign(books, memory);
         for (uint32_t row : rows) {
             copy_back(row, row);
         }
@@ -553,9 +562,11 @@ struct Undo::Recurrent {
 
     llama_memory_recurrent & memory;
     const uint32_t n_rows;
-    Books books;
+    Books books;            // as they were at begin()
+    Books latest;           // before the ubatch that is saved
+    bool at_begin = false;  // nothing was saved since, so the two are the same
     size_t cell_bytes = 0;       // of one cell's state, over all layers
-    bool is_host = true;         // all of them are in memory that the CPU reads
+    bool is_large = false;       // and in memory that the CPU reads
     std::vector<uint32_t> rows;  // cells whose states are in `data`, in this order
     std::vector<uint8_t> data;
 };
