@@ -179,8 +179,8 @@ def _token_cost(rows: list[Results]) -> str:
         "The same decode was done in turn as the bare C call (`llama_decode()`, nothing else), by `decode()` "
         "without a "
         "token, with one, and with one that has a deadline: once each in every round, in an order drawn anew each "
-        "time, from the same state of the same context. A ratio is the median over the rounds of the ratio within "
-        "a round; in brackets, the range that holds this median with 95 % certainty. 1.000 means no cost.\n\n"
+        "time: a prefill from the same state of the same context, single tokens one after the other along one "
+        "sequence. A ratio is the median over the rounds of the ratio within a round; in brackets, the range that holds this median with 95 % certainty. 1.000 means no cost.\n\n"
         f"Every decode adds to a history of {first['history']} tokens (so that a sliding window is full and a "
         "recurrent "
         f"state is there to be protected), with n_ubatch={first['n_ubatch']}. `no token / bare` is what the guard "
@@ -195,7 +195,7 @@ def _token_cost(rows: list[Results]) -> str:
         cells.append(
             [
                 f"{row['arch']} ({_words(row['memory_kind'])})",
-                f"{row['work']}, {row['rows']} rows",
+                row["work"] if row["rows"] == 1 else f"{row['work']}, {row['rows']} rows",
                 f"{row['rows'] / row['seconds']['bare']:.0f}",
                 *(ratio_text(row["ratios"][pair]) for pair in row["ratios"]),
                 str(rounds),
@@ -306,7 +306,7 @@ def _pieces(rows: list[Results]) -> str:
             cells.append(
                 [
                     row["model"],
-                    f"{row['work']}, {row['rows']} rows",
+                    row["work"] if row["rows"] == 1 else f"{row['work']}, {row['rows']} rows",
                     f"{row['pieces'][variant]} ({variant})",
                     f"{row['tokens_per_second']['whole']:.1f}",
                     f"{row['tokens_per_second'][variant]:.1f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,8 +32,7 @@ def steps(settings: Settings) -> list[Step]:
     found = []
     for arch in ARCHITECTURES:
         for work in WORKS:
-            # A sliding window has to be filled again before each sample.
-            budget = 0.5 if settings.quick else 16.0 if "swa" in arch else 10.0
+            budget = 0.5 if settings.quick else 24.0
             run = _runner(settings, arch, work, budget)
             found.append(Step("cost of a token", f"{arch}, {work}", budget * 1.1, run))
     return found
@@ -48,26 +48,24 @@ def measure(
     """Time the variants of one kind of work on one architecture.
 
     A prefill adds rows to a history that is there (a recurrent state or a full window has to be protected
-    only then); single-token decode adds the same rows one by one.
+    only then). Single tokens are added one after the other, each by the next variant in turn: what is compared lies
+    milliseconds apart, in which a shared machine seldom changes.
     """
     rng = settings.rng("token", arch, work)
     model = settings.models.get(arch, settings.small)
     history = 320 if settings.quick else 600
-    rows = (128 if settings.quick else 256) if work == "prefill" else (8 if settings.quick else 32)
+    rows = 1 if work == "single-token" else 128 if settings.quick else 256
     with model.context(n_ctx=1024, n_ubatch=N_UBATCH, n_threads=settings.threads) as context:
         start = Start(context, prompt(model, history, rng))
-        tokens = prompt(model, rows, rng)
         if work == "prefill":
-            batches = [batch_of(tokens, start.pos)]
+            tokens = prompt(model, rows, rng)
+            variants = timed_variants(start, [batch_of(tokens, start.pos)], tuple(VARIANTS))
         else:
-            batches = [batch_of(tokens[i : i + 1], start.pos + i) for i in range(rows)]
-        samples = alternate(
-            timed_variants(start, batches, tuple(VARIANTS)),
-            rng,
-            rounds=(2, 3) if settings.quick else (12, 120),
-            budget=budget,
-            progress=progress,
-        )
+            tokens = prompt(model, 16 if settings.quick else 400, rng)
+            batches = [batch_of(tokens[i : i + 1], start.pos + i) for i in range(len(tokens))]
+            variants = _one_by_one(start, batches)
+        rounds = (2, 3) if settings.quick else (12, 120) if work == "prefill" else (100, 5000)
+        samples = alternate(variants, rng, rounds=rounds, budget=budget, progress=progress)
         kind = context.memory.kind
     return {
         "arch": arch,
@@ -79,6 +77,29 @@ def measure(
         "seconds": {name: median(values) for name, values in samples.items()},
         "ratios": {f"{a} / {b}": paired_ratio(samples[a], samples[b]) for a, b in RATIOS},
         "samples": samples,
+    }
+
+
+def _one_by_one(start: Start, batches: Sequence[lc.Batch]) -> dict[str, Callable[[], float]]:
+    """Functions that time the decode of the next of the batches, and begin again from the start after the last."""
+    context = start.context
+    left: list[lc.Batch] = []
+
+    def timed(decode: Callable[[lc.Batch], object]) -> float:
+        if not left:
+            start.reset()
+            left.extend(reversed(batches))
+            context.decode(left.pop())  # the first one after a reset is no decode like the others
+        batch = left.pop()
+        begin = time.perf_counter()
+        decode(batch)
+        return time.perf_counter() - begin
+
+    return {
+        "bare": lambda: timed(context._decode_bare),
+        "no token": lambda: timed(context.decode),
+        "token": lambda: timed(functools.partial(context.decode, token=lc.CancelToken())),
+        "deadline": lambda: timed(functools.partial(context.decode, token=lc.CancelToken(timeout=3600))),
     }
 
 

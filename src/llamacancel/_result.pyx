@@ -44,9 +44,6 @@ cdef class DecodeResult:
         return _restored, (self.rows_done, self.n_ubatches, self.seconds, self.repair_seconds, self.snapshot_bytes,
                            self.sequences)
 
-    def __eq__(self, other):
-        return self.__reduce__() == other.__reduce__() if isinstance(other, DecodeResult) else NotImplemented
-
     def __repr__(self):
         return (f"DecodeResult(rows_done={self.rows_done}, n_ubatches={self.n_ubatches}, seconds={self.seconds}, "
                 f"repair_seconds={self.repair_seconds}, snapshot_bytes={self.snapshot_bytes}, "

@@ -526,14 +526,12 @@ def test_a_result_can_be_copied_and_pickled(
     batch.add_sequence([7, 8], seq_id=0)
     result = context.decode(batch, lc.CancelToken())
     again = how(result)
-    assert again == result
     assert repr(again) == repr(result)
     assert (again.rows_done, again.survivors) == (5, [0, 1])
     assert again.sequences == {
         0: lc.SequenceOutcome("completed", 0, 2, False),
         1: lc.SequenceOutcome("completed", 0, 3, False),
     }
-    assert context.decode(batch_of([11], pos=2)) != result
 
 
 def test_a_result_is_made_by_a_decode_only() -> None:
