@@ -176,18 +176,15 @@ def _token_cost(rows: list[Results]) -> str:
     first = rows[0]
     text = (
         "## What a token costs\n\n"
-        "The same decode was done in turn as the bare C call (`llama_decode()`, nothing else), by `decode()` "
-        "without a "
+        "The same decode was done in turn as the bare C call (`llama_decode()`, nothing else), by `decode()` without a "
         "token, with one, and with one that has a deadline: once each in every round, in an order drawn anew each "
         "time: a prefill from the same state of the same context, single tokens one after the other along one "
-        "sequence. A ratio is the median over the rounds of the ratio within a round; in brackets, the range that holds this median with 95 % certainty. 1.000 means no cost.\n\n"
+        "sequence. A ratio is the median over the rounds of the ratio within a round; in brackets, the range that "
+        "holds this median with 95 % certainty. 1.000 means no cost.\n\n"
         f"Every decode adds to a history of {first['history']} tokens (so that a sliding window is full and a "
-        "recurrent "
-        f"state is there to be protected), with n_ubatch={first['n_ubatch']}. `no token / bare` is what the guard "
-        "and "
-        "the protection for a rollback cost; `token / no token` is what the token alone costs. The bare call is of "
-        "the "
-        "same build and context, so ggml asks an abort callback there too, which has nothing to look at."
+        f"recurrent state is there to be protected), with n_ubatch={first['n_ubatch']}. `no token / bare` is what the "
+        "guard and the protection for a rollback cost; `token / no token` is what the token alone costs. The bare call "
+        "is of the same build and context, so ggml asks an abort callback there too, which has nothing to look at."
     )
     cells = []
     for row in rows:
