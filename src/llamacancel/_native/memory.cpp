@@ -65,7 +65,7 @@ bool has_left_window(llama_kv_cache & cache, llama_pos pos, llama_pos next) {
     return llama_hparams::is_masked_swa(cache.*expose(Window{}), cache.*expose(WindowType{}), pos, next);
 }
 
-constexpr size_t kLarge = 128 * 1024;  // bytes of a state from which on it pays to copy with all threads, past the cache
+constexpr size_t kLarge = 128 * 1024;  // bytes of a state that is copied by all threads, and around the cache
 
 constexpr size_t kCellsBetweenLooks = 1024;  // are copied at once: on an RPC server each copy is a round trip
 
@@ -562,9 +562,9 @@ struct Undo::Recurrent {
 
     llama_memory_recurrent & memory;
     const uint32_t n_rows;
-    Books books;            // as they were at begin()
-    Books latest;           // before the ubatch that is saved
-    bool at_begin = false;  // nothing was saved since, so the two are the same
+    Books books;                 // as they were at begin()
+    Books latest;                // before the ubatch that is saved
+    bool at_begin = false;       // nothing was saved since, so the two are the same
     size_t cell_bytes = 0;       // of one cell's state, over all layers
     bool is_large = false;       // and in memory that the CPU reads
     std::vector<uint32_t> rows;  // cells whose states are in `data`, in this order
