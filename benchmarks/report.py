@@ -303,7 +303,7 @@ def _pieces(rows: list[Results]) -> str:
             cells.append(
                 [
                     row["model"],
-                    row["work"] if row["rows"] == 1 else f"{row['work']}, {row['rows']} rows",
+                    f"{row['work']}, {row['rows']} rows",
                     f"{row['pieces'][variant]} ({variant})",
                     f"{row['tokens_per_second']['whole']:.1f}",
                     f"{row['tokens_per_second'][variant]:.1f}",

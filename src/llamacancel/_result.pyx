@@ -4,6 +4,8 @@
 import numpy as np
 
 cimport cython
+from libc.stddef cimport size_t
+from libc.stdint cimport int32_t
 from libcpp.vector cimport vector
 
 from ._lib.box cimport DecodeReport, SequenceResult
@@ -50,25 +52,27 @@ cdef class DecodeResult:
                 f"sequences={self.sequences}, survivors={self.survivors})")
 
 
-cdef DecodeResult result_of(DecodeReport & report):
-    cdef DecodeResult result = DecodeResult.__new__(DecodeResult)
-    result.rows_done = report.rows_done
-    result.n_ubatches = report.n_ubatches
-    result.seconds = report.seconds
-    result.repair_seconds = report.repair_seconds
-    result.snapshot_bytes = report.snapshot_bytes
-    result.told.swap(report.sequences)
-    return result
-
-
-def _restored(rows_done, n_ubatches, seconds, repair_seconds, snapshot_bytes, sequences):
-    """A result that was pickled."""
+cdef DecodeResult _made(int32_t rows_done, int32_t n_ubatches, double seconds, double repair_seconds,
+                        size_t snapshot_bytes):
     cdef DecodeResult result = DecodeResult.__new__(DecodeResult)
     result.rows_done = rows_done
     result.n_ubatches = n_ubatches
     result.seconds = seconds
     result.repair_seconds = repair_seconds
     result.snapshot_bytes = snapshot_bytes
+    return result
+
+
+cdef DecodeResult result_of(DecodeReport & report):
+    cdef DecodeResult result = _made(report.rows_done, report.n_ubatches, report.seconds, report.repair_seconds,
+                                     report.snapshot_bytes)
+    result.told.swap(report.sequences)
+    return result
+
+
+def _restored(rows_done, n_ubatches, seconds, repair_seconds, snapshot_bytes, sequences):
+    """A result that was pickled."""
+    cdef DecodeResult result = _made(rows_done, n_ubatches, seconds, repair_seconds, snapshot_bytes)
     result.outcomes = sequences
     return result
 
@@ -79,8 +83,8 @@ cdef dict outcomes_of(vector[SequenceResult] & told):
     }
 
 
-cdef list survivors_of(dict sequences):
-    return [seq for seq, outcome in sequences.items() if not outcome.cancelled]
+cdef list survivors_of(dict outcomes):
+    return [seq for seq, outcome in outcomes.items() if not outcome.cancelled]
 
 
 cdef dict untouched(batch, token):
