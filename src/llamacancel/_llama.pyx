@@ -190,6 +190,7 @@ cdef Interrupt watch_signals(Call & call):
     cdef Interrupt interrupt = Interrupt()
     if PyThread_get_thread_ident() == _main_thread:
         interrupt.arm()
+        PyErr_CheckSignals()  # of one that came just before nothing is written to the pipe
         call.set_interrupt(_check_signals, <void *> interrupt)
     return interrupt
 

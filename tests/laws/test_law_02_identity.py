@@ -90,7 +90,12 @@ def test_cancels_that_race_with_the_end_of_a_call_reach_that_call_or_none(arch: 
     context, twin = pair(arch)
     rows = batch((tokens(16, 1), 0, 0))
     expected, after = decode(twin, rows), one_more(twin)
-    readings = readings_of(lambda: context.decode(rows, far()))
+
+    def whole() -> int:
+        context.memory.clear()
+        return readings_of(lambda: context.decode(rows, far()))
+
+    readings = min(whole() for _ in range(4))  # a device's driver may read the clock, too, now and then
     for at in range(readings - 7, readings + 1):
         context.memory.clear()
         token = far()

@@ -119,6 +119,25 @@ def test_ctrl_c_keeps_what_was_done_if_asked_to() -> None:
 
 
 @needs_posix
+def test_ctrl_c_that_comes_as_a_call_begins_is_not_left_to_its_end() -> None:
+    _well("""
+        import ctypes
+        from functools import partial
+        press = ctypes.pythonapi.PyErr_SetInterruptEx  # as the signal would; no handler runs while no Python runs
+        press.argtypes = [ctypes.c_int, ctypes.py_object]
+        class Tokens(dict):
+            items = partial(filter, partial(press, signal.SIGINT), [None])  # pressed as the call reads its tokens
+        context, twin = pair("llama")
+        try:
+            context.decode(rows, Tokens())
+            raise SystemExit("the decode ran to its end")
+        except KeyboardInterrupt:
+            assert holds(context) == holds(twin), "it was computed first"
+        check(context, twin)
+    """)
+
+
+@needs_posix
 def test_ctrl_c_while_the_main_thread_waits_does_not_reach_a_worker() -> None:
     _well("""
         context, twin = pair("llama")

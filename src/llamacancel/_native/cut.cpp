@@ -9,6 +9,7 @@
 
 #include "clock.hpp"
 #include "guard.hpp"
+#include "llama-context.h"
 #include "llama-model.h"
 #include "llama.h"
 
@@ -23,10 +24,13 @@ constexpr uint32_t kFewestRows =
 constexpr uint32_t kFewestRows = 8;
 #endif
 constexpr uint32_t kProbeCells = 1024;
-constexpr int64_t kPassNs = 100'000'000;      // at most, one pass over the first layers
-constexpr int64_t kStoppedNs = 10 * kPassNs;  // what a pass is taken for that was stopped before a device had its part
-constexpr int64_t kProbeNs = 60'000'000;      // cheap passes are repeated this long
+constexpr int64_t kPassNs = 100'000'000;  // at most, one pass over the first layers
+constexpr int64_t kProbeNs = 60'000'000;  // cheap passes are repeated this long
 constexpr int kPasses = 3, kMostPasses = 20;
+// On another device than the CPU: at most, one pass, and what one is taken for that was stopped then; passes that take
+// longer than a short one are handed over in pieces, so that they can be.
+constexpr int64_t kDevicePassNs = 1'000'000'000, kShortNs = 100'000'000;
+constexpr int kProbePieces = 64;
 // The share of the target that may pass between two looks at the token. The rest is for the look that has
 // just missed the cancel, for the repair, and for a machine that is busier than it was when we measured.
 constexpr double kGapShare = 0.8;
@@ -47,7 +51,7 @@ uint32_t round_down(double rows) {
 class Probe {
 public:
     Probe(llama_model * model, int32_t n_threads, int32_t most_rows, bool on_cpu, const std::atomic<bool> & stop)
-        : on_cpu_(on_cpu), stop_(stop) {
+        : limit_ns_(on_cpu ? kPassNs : kDevicePassNs), stop_(stop) {
         llama_context_params params = llama_context_default_params();
         params.n_ctx = kProbeCells;
         params.n_batch = params.n_ubatch = most_rows;
@@ -61,8 +65,7 @@ public:
 
     // Seconds, for rows that follow `n_past` positions. A machine that is busy with other things adds gaps of
     // its own: what a model does for long it does in every layer and every pass, so the third longest gap of
-    // the calmest pass counts. On other devices the time of a whole pass, some of whose layers may be on the CPU: it
-    // looks at the token there, which says nothing of the rest. 0 if the model does not decode.
+    // the calmest pass counts. 0 if the model does not decode.
     double longest_gap(int32_t n_rows, uint32_t n_past) {
         if (!ctx_ || stop_ || !pass(n_rows, n_past)) {  // the first one brings the weights into memory
             return 0;
@@ -71,12 +74,36 @@ public:
         const int64_t end_ns = now_ns() + kProbeNs;
         for (int i = 0; !stop_ && (i < kPasses || (i < kMostPasses && now_ns() < end_ns)); ++i) {
             pass(n_rows, n_past);
-            calmest = std::min(calmest, !on_cpu_                 ? pass_ns_
-                                        : longest_ns_.back() > 0 ? longest_ns_.back()
-                                                                 : longest_ns_.front());
+            calmest = std::min(calmest, longest_ns_.back() > 0 ? longest_ns_.back() : longest_ns_.front());
         }
         return calmest * 1e-9;
     }
+
+    // Seconds of a whole pass, on other devices: those of its layers that are on the CPU look at the token there, which
+    // says nothing of the rest. What a first pass has to bring (weights, and kernels that a driver compiles) is no
+    // part of it.
+    double whole_pass(int32_t n_rows, uint32_t n_past) {
+        if (!ctx_) {
+            return 0;
+        }
+        in_pieces(true);
+        for (int i = 0; i == 0 || (stopped_ && i < kPasses); ++i) {
+            if (stop_ || !pass(n_rows, n_past)) {
+                return 0;
+            }
+        }
+        in_pieces(pass_ns_ > kShortNs);
+        int64_t calmest = pass_ns_;
+        const int64_t end_ns = now_ns() + kDevicePassNs / 2;
+        for (int i = 0; !stop_ && !stopped_ && i < kPasses && now_ns() < end_ns; ++i) {
+            pass(n_rows, n_past);
+            calmest = std::min(calmest, pass_ns_);
+        }
+        return calmest * 1e-9;
+    }
+
+    // Whether the last pass was stopped for taking too long.
+    bool stopped() const { return stopped_; }
 
 private:
     bool pass(int32_t n_rows, uint32_t n_past) {
@@ -95,13 +122,20 @@ private:
         batch.pos = pos.data();
         longest_ns_.fill(0);
         last_ns_ = now_ns();
-        stop_ns_ = last_ns_ + kPassNs;
+        stop_ns_ = last_ns_ + limit_ns_;
         const int64_t start_ns = last_ns_;
         const int status = llama_decode(ctx_.get(), batch);
         llama_synchronize(ctx_.get());
         note();
-        pass_ns_ = status == 2 ? kStoppedNs : last_ns_ - start_ns;
+        pass_ns_ = last_ns_ - start_ns;
+        stopped_ = status == 2;
         return status == 0 || status == 2;
+    }
+
+    void in_pieces(bool yes) {
+#ifdef LLAMACANCEL_PATCHED
+        ctx_->n_abort_pieces = yes ? kProbePieces : 0;
+#endif
     }
 
     void note() {
@@ -125,7 +159,8 @@ private:
     std::array<int64_t, 3> longest_ns_{};  // of a pass, the longest first
     int64_t last_ns_ = 0, stop_ns_ = 0;
     int64_t pass_ns_ = 0;  // of a pass, from its start to its end
-    const bool on_cpu_;
+    bool stopped_ = false;
+    const int64_t limit_ns_;
     const std::atomic<bool> & stop_;
 };
 
@@ -139,11 +174,16 @@ GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu, in
     const int32_t more_rows = std::min(on_cpu ? 128 : 512, n_cells), few_rows = std::max(more_rows / 4, 1);
     const uint32_t n_past = n_cells - more_rows;
     Probe probe(model, n_threads, more_rows, on_cpu, stop);
-    const double few = probe.longest_gap(few_rows, 0);
-    const double more = probe.longest_gap(more_rows, 0);
-    const double far = probe.longest_gap(more_rows, n_past);
+    const auto measure = on_cpu ? &Probe::longest_gap : &Probe::whole_pass;
 
     GapCost cost;
+    const double few = (probe.*measure)(few_rows, 0);
+    if (!on_cpu && probe.stopped()) {  // with more rows it would only be stopped sooner
+        cost.seconds_per_row = few / few_rows;
+        return cost;
+    }
+    const double more = (probe.*measure)(more_rows, 0);
+    const double far = (probe.*measure)(more_rows, n_past);
     cost.seconds_per_row = more_rows > few_rows ? std::max(0.0, more - few) / (more_rows - few_rows) : 0;
     cost.seconds = std::max(0.0, more - more_rows * cost.seconds_per_row);
     cost.seconds_per_row_kv = n_past > 0 ? std::max(0.0, far - more) / (double(more_rows) * n_past) : 0;

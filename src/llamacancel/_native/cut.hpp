@@ -38,9 +38,9 @@ struct GapCost {
     double seconds_per_output = 0;  // for each row with logits, where a node is the least that can be stopped
 };
 
-// Runs some tokens through the first layers, a few times for at most 0.1 s each; through all of them on other devices
-// than the CPU, which do not look inside a graph. `max_positions`: as many as the model has, or 0. Once `stop` is set it
-// returns, with no measure.
+// Runs some tokens through the first layers, a few times for at most 0.1 s each; on other devices than the CPU, which do
+// not look inside a graph, through all of them, for at most a second each. `max_positions`: as many as the model has, or
+// 0. Once `stop` is set it returns, with no measure.
 GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu, int32_t max_positions,
                          const std::atomic<bool> & stop);
 
