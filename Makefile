@@ -8,6 +8,8 @@ export CMAKE_ARGS
 # What of pyproject.toml's extras is installed, and where the build is.
 EXTRA     := test
 BUILD_DIR := build/{wheel_tag}
+# What gpu-check builds for.
+BACKEND   := CUDA
 TOOLS     := 'scikit-build-core>=0.11' 'cython>=3.1' 'cython-cmake>=0.2' 'cmake>=3.21' ninja
 
 # A folder of wheels to install from, where there is no network; `make gpu-wheelhouse` fills one.
@@ -18,10 +20,10 @@ export PIP_FIND_LINKS := $(abspath $(WHEELHOUSE))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native bench gpu-check gpu-wheelhouse build lint clean
+.PHONY: help demo test test-native bench gpu-check vulkan-check gpu-wheelhouse build lint clean
 
 help:           ## list these commands
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 demo: build     ## set everything up and show what the library is for (MODEL=path.gguf for your own model)
 	$(PY) -m llamacancel demo $(if $(MODEL),--model '$(MODEL)')
@@ -36,8 +38,12 @@ bench: build    ## measure; the report and the plot go to benchmarks/results
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
 gpu-check:      ## with a GPU: build for it, run the laws on it, measure; again to go on (docs/gpu.md)
-	$(MAKE) build VENV=.venv-gpu BUILD_DIR=build/gpu EXTRA=gpu CMAKE_ARGS="-DGGML_$(or $(BACKEND),CUDA)=ON $(CMAKE_ARGS)"
-	.venv-gpu/bin/python -m benchmarks.gpu $(GPU_ARGS)
+	$(MAKE) build VENV=.venv-gpu-$(BACKEND) BUILD_DIR=build/gpu-$(BACKEND) EXTRA=gpu \
+		CMAKE_ARGS="-DGGML_$(BACKEND)=ON $(CMAKE_ARGS)"
+	.venv-gpu-$(BACKEND)/bin/python -m benchmarks.gpu $(GPU_ARGS)
+
+vulkan-check:   ## without a GPU: the same, in small, on the first device that Vulkan has, be it software (docs/gpu.md)
+	GGML_VK_VISIBLE_DEVICES=0 $(MAKE) gpu-check BACKEND=VULKAN GPU_ARGS="--quick $(GPU_ARGS)"
 
 gpu-wheelhouse: $(VENV)/.tools ## gather in build/wheelhouse what gpu-check needs where there is no network
 	$(PY) -m benchmarks.gpu.wheelhouse $(WHEELHOUSE_ARGS) -- $(TOOLS)
@@ -68,4 +74,4 @@ lint: build     ## what a reviewer's tools would say
 	$(PY) -m mypy
 
 clean:          ## remove everything that was built, and the environment
-	rm -rf build $(VENV) .venv-gpu dist
+	rm -rf build $(VENV) .venv-gpu-* dist

@@ -10,7 +10,7 @@ from typing import Any
 import llamacancel as lc
 
 from .stats import alternate, median, paired_ratio
-from .workload import Settings, Start, Step, batch_of, prompt
+from .workload import Settings, Start, Step, batch_of, prompt, single_rows
 
 __all__ = ["AIM", "pieces_for", "steps"]
 
@@ -54,7 +54,7 @@ def measure(
     model = settings.models.get("llama", size)
     rows = N_UBATCH if work == "prefill" else 8 if settings.quick else 32
     tokens = prompt(model, rows, rng)
-    batches = [batch_of(tokens)] if work == "prefill" else [batch_of(tokens[i : i + 1], i) for i in range(rows)]
+    batches = [batch_of(tokens)] if work == "prefill" else single_rows(tokens)
     contexts: list[lc.Context] = []
     variants: dict[str, Callable[[], float]] = {}
 

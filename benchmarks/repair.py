@@ -11,7 +11,7 @@ import llamacancel as lc
 from .latency import cancel_during, uncancelled
 from .stats import alternate, distribution, median
 from .token_cost import timed_variants
-from .workload import Settings, Start, Step, batch_of, prompt, same_bits
+from .workload import Settings, Start, Step, batch_of, prompt, same_bits, single_rows
 
 __all__ = ["ARCHITECTURES", "steps"]
 
@@ -51,7 +51,7 @@ def _single_row(settings: Settings, start: Start, rng: Any, progress: Callable[[
     """The snapshot for one row, and what the guard takes per row: decode() less the bare C call, in pairs."""
     chain = 4 if settings.quick else 16
     tokens = prompt(start.context.model, chain, rng)
-    batches = [batch_of(tokens[i : i + 1], start.pos + i) for i in range(chain)]
+    batches = single_rows(tokens, start.pos)
     samples = alternate(
         timed_variants(start, batches, ("bare", "no token")),
         rng,

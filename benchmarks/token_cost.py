@@ -10,7 +10,7 @@ from typing import Any
 import llamacancel as lc
 
 from .stats import alternate, median, paired_ratio
-from .workload import Settings, Start, Step, batch_of, prompt
+from .workload import Settings, Start, Step, batch_of, prompt, single_rows
 
 __all__ = ["ARCHITECTURES", "VARIANTS", "steps", "timed_variants"]
 
@@ -62,7 +62,7 @@ def measure(
             variants = timed_variants(start, [batch_of(tokens, start.pos)], tuple(VARIANTS))
         else:
             tokens = prompt(model, 16 if settings.quick else 400, rng)
-            batches = [batch_of(tokens[i : i + 1], start.pos + i) for i in range(len(tokens))]
+            batches = single_rows(tokens, start.pos)
             variants = _one_by_one(start, batches)
         rounds = (2, 3) if settings.quick else (12, 120) if work == "prefill" else (100, 5000)
         samples = alternate(variants, rng, rounds=rounds, budget=budget, progress=progress)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import llamacancel as lc
 from llamacancel.make_model import cached_model
 
-__all__ = ["Models", "Progress", "Settings", "Start", "Step", "batch_of", "prompt", "same_bits"]
+__all__ = ["Models", "Progress", "Settings", "Start", "Step", "batch_of", "prompt", "same_bits", "single_rows"]
 
 Tokens = NDArray[np.int32]
 
@@ -170,6 +170,11 @@ def batch_of(tokens: Tokens, pos: int = 0, seq_id: int = 0) -> lc.Batch:
     batch = lc.Batch(len(tokens))
     batch.add_sequence(tokens, pos=pos, seq_id=seq_id)
     return batch
+
+
+def single_rows(tokens: Tokens, pos: int = 0) -> list[lc.Batch]:
+    """A batch for each of consecutive rows, as a generation decodes them."""
+    return [batch_of(tokens[i : i + 1], pos + i) for i in range(len(tokens))]
 
 
 def same_bits(a: NDArray[np.float32], b: NDArray[np.float32]) -> bool:

@@ -19,7 +19,7 @@ from ..latency import Case, cancel_during, measure
 from ..report import rounded
 from ..stats import alternate, distribution, median, paired_ratio
 from ..token_cost import timed_variants
-from ..workload import Models, Settings, Start, batch_of, prompt, same_bits
+from ..workload import Models, Settings, Start, batch_of, prompt, same_bits, single_rows
 from .target import Target, find
 
 __all__ = ["AIM", "MEASURES", "ROWS"]
@@ -96,7 +96,7 @@ def _cost(
             if work == "prefill":
                 batches = [batch_of(tokens, start.pos)]
             else:
-                batches = [batch_of(tokens[i : i + 1], start.pos + i) for i in range(rows)]
+                batches = single_rows(tokens, start.pos)
             variants = timed_variants(start, batches, VARIANTS)
             budget = 0.5 if target.quick else 120.0
             samples = alternate(

@@ -21,7 +21,8 @@ __all__ = ["LAWS", "Step", "run", "steps"]
 
 ROOT = Path(__file__).resolve().parents[2]
 LAWS = sorted(path.stem for path in (ROOT / "tests" / "laws").glob("test_*.py"))
-QUICK_LAWS = {"test_law_01_scope": "llama", "test_pieces_of_a_graph": "llama and to_the_bit"}  # of --quick, by pytest's -k
+# Of --quick, by pytest's -k.
+QUICK_LAWS = {"test_law_01_scope": "llama", "test_pieces_of_a_graph": "llama and to_the_bit"}
 NOTHING_TO_RUN = 5  # pytest's exit status
 
 Found = dict[str, Any]

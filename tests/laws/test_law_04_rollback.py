@@ -107,7 +107,7 @@ def test_a_large_recurrent_state_which_several_threads_copy_is_put_back() -> Non
                 _history(each)
             at_first = holds(context)
             for call in rows:
-                for reading in (5, 50, 250):
+                for reading in (5, 50) if device.GPU_LAYERS else (5, 50, 250):  # a device is handed 100 pieces
                     cancelled_at(context, call, reading)
                     assert holds(context) == at_first
                 assert context.state.save(0) == twin.state.save(0)
