@@ -8,10 +8,10 @@ import pytest
 
 import llamacancel as lc
 from tests.conftest import GENERATIVE
-from tests.device import counts_looks_of_the_cpu, holds_on_the_cpu
+from tests.device import GPU_LAYERS, counts_looks_of_the_cpu, holds_on_the_cpu
 
 from .clock import FAR, deadline_at, readings_of
-from .words import NewContext, batch, cancelled, decode, holds, same_bits, tokens
+from .words import ModelPath, NewContext, batch, cancelled, decode, holds, same_bits, tokens
 
 HISTORY = batch((tokens(40, seed=1), 0, 0), (tokens(30, seed=2), 0, 1))
 ROWS = batch((tokens(90, seed=3), 40, 0), (tokens(60, seed=4), 30, 1))
@@ -116,3 +116,9 @@ def test_pieces_do_not_change_the_bits(arch: str, new_context: NewContext) -> No
 def test_a_plan_tells_of_the_pieces_and_the_cpu_needs_none(new_context: NewContext) -> None:
     assert new_context("llama").latency_plan.n_pieces == 0
     assert new_context("llama", _n_pieces=7).latency_plan.n_pieces == 7
+
+
+@pytest.mark.skipif(GPU_LAYERS == 0, reason="it takes a device")
+def test_a_device_that_only_helps_the_cpu_is_measured_as_one_that_has_layers(model_path: ModelPath) -> None:
+    with lc.Model.load(model_path("llama"), n_gpu_layers=0) as model, model.context(n_ctx=256, n_ubatch=64) as context:
+        assert context.latency_plan.node_seconds is not None

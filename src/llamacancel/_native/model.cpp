@@ -399,8 +399,8 @@ Status ModelBox::load(const std::string & path, llama_model_params params, const
         return Status::Failed;
     }
     if (model) {
-        const bool on_cpu = params.n_gpu_layers == 0 || model->devices.empty();
-        box.reset(new ModelBox(model, on_cpu, servers));
+        // llama.cpp has devices compute large ubatches even of layers that are on the CPU (`op_offload`).
+        box.reset(new ModelBox(model, model->devices.empty(), servers));
     }
     if (state.stopped || call.should_stop()) {
         box.reset();
