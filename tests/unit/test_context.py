@@ -52,6 +52,35 @@ def test_logits_are_given_for_the_rows_that_asked(arch: str, model_of: LoadedMod
             context.logits(wrong)
 
 
+@pytest.mark.parametrize("arch", ["llama", "hybrid", "mamba"])
+@pytest.mark.parametrize(
+    ("lengths", "n_ubatches"),
+    [
+        ([1, 1, 1, 40, 50], 3),  # the single rows and one of each prompt, then 39 and 49 by themselves
+        ([20, 20, 20, 20, 21], 3),  # 5 times 12, 5 times 8, and what more the last one has
+        ([40, 40], 2),
+        ([64, 64, 30], 3),
+        ([7], 1),
+    ],
+)
+def test_sequences_of_a_batch_share_ubatches_where_that_makes_fewer(
+    lengths: list[int], n_ubatches: int, arch: str, model_of: LoadedModel, new_context: NewContext
+) -> None:
+    model = model_of(arch)
+    context = new_context(arch, n_seq_max=5, n_ubatch=64, n_batch=256, n_ctx=640, kv_unified=False)
+    batch = lc.Batch(256)
+    last = [batch.add_sequence(prompt(model, n, seed=i), 0, i, "last")[-1] for i, n in enumerate(lengths)]
+    result = context.decode(batch)
+    assert result.n_ubatches == n_ubatches
+    together = [context.logits(row).copy() for row in last]
+    for i, n in enumerate(lengths):
+        context.memory.clear()
+        batch.clear()
+        batch.add_sequence(prompt(model, n, seed=i), 0, i, "last")
+        context.decode(batch)
+        assert close(together[i], context.logits(-1))
+
+
 @pytest.mark.parametrize("arch", GENERATIVE)
 def test_the_last_rows_logits_do_not_depend_on_who_else_asked(
     arch: str, model_of: LoadedModel, new_context: NewContext

@@ -210,6 +210,17 @@ def test_a_budget_is_shared_out_to_the_last_row_and_nobody_gets_more_than_it_can
             assert sum(given[i + 1 :]) == 0, "somebody behind was served first"
 
 
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_a_piece_of_a_prompt_is_whole_tiles_unless_it_ends_the_prompt_or_is_a_small_one(most: int, wanted: int) -> None:
+    count = min(most, wanted)
+    rows = policy.whole_tiles(count, wanted)
+    if count == wanted or count < 256:
+        assert rows == count
+    else:
+        assert rows % 64 == 0
+        assert count - 64 < rows <= count
+
+
 def test_a_long_prompt_lets_short_ones_by_and_they_let_it_on() -> None:
     bench = Bench(slots=4, n_batch=64, quantum=128, step_seconds=None)
     long = bench.submit("long", prompt(4000), max_tokens=1)

@@ -353,8 +353,28 @@ void Cutter::take_one_sequence(Chunk & chunk) {
     chunk.n_seqs = 1;
 }
 
+// Whether the sets take fewer ubatches if each is computed by itself. Together as many rows of each are computed as
+// the shortest has, and the others leave scraps.
+bool Cutter::fewer_apart(const std::vector<std::vector<int32_t>> & sets) const {
+    size_t limit = cut_.n_ubatch;
+    std::vector<size_t> lengths;
+    for (const auto & set : sets) {
+        limit = std::min<size_t>(limit, limit_from(set.back()));
+        lengths.push_back(set.size());
+    }
+    std::sort(lengths.begin(), lengths.end());
+    size_t together = 0, apart = 0, done = 0;
+    for (size_t i = 0; i < lengths.size(); ++i) {
+        const size_t of_each = std::max<size_t>(limit / (lengths.size() - i), 1);
+        together += (lengths[i] - done + of_each - 1) / of_each;
+        apart += (lengths[i] + limit - 1) / limit;
+        done = lengths[i];
+    }
+    return apart < together;
+}
+
 // split_equal(): as many rows of each of several sequence sets as all of them have left. `sequential`:
-// only sets whose ids follow one another.
+// only sets whose ids follow one another. But one set alone if that makes fewer ubatches, which llama.cpp does not do.
 void Cutter::take_equal(Chunk & chunk, bool sequential) {
     std::vector<std::vector<int32_t>> sets;
     for (int32_t row : left_) {
@@ -366,6 +386,9 @@ void Cutter::take_equal(Chunk & chunk, bool sequential) {
         sets.emplace_back();
         std::copy_if(left_.begin(), left_.end(), std::back_inserter(sets.back()),
                      [&](int32_t other) { return same_set(row, other); });
+    }
+    if (fewer_apart(sets)) {
+        sets.resize(1);
     }
     size_t length = sets[0].size();
     for (const auto & set : sets) {

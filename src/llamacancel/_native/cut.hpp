@@ -76,7 +76,7 @@ struct Chunk {
     bool last = false;    // nothing is left after it
 };
 
-// Cuts a batch as llama.cpp's own split would, one ubatch at a time.
+// Cuts a batch, one ubatch at a time: each is one that llama.cpp's own split leaves as it is.
 class Cutter {
 public:
     Cutter(const BatchView & batch, const Cut & cut, Split split, bool output_all, bool whole_sequences);
@@ -92,6 +92,7 @@ private:
     uint32_t limit_from(int32_t row) const { return cut_.rows_at(batch_.pos[row] + 1); }
     bool same_set(int32_t a, int32_t b) const;
     bool overlaps(int32_t a, int32_t b) const;
+    bool fewer_apart(const std::vector<std::vector<int32_t>> & sets) const;
     void take_in_order(Chunk & chunk);
     void take_whole_sequences(Chunk & chunk);
     void take_one_sequence(Chunk & chunk);

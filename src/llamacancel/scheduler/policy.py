@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Limits", "Pace", "Part", "grace", "loss", "parts_of", "place_of", "prompt_budget", "share"]
+__all__ = ["Limits", "Pace", "Part", "grace", "loss", "parts_of", "place_of", "prompt_budget", "share", "whole_tiles"]
 
 _LEAST_ROWS = 64  # of a prompt in a step, however slow the machine is: fewer take nearly as long
 _SHORT_ROWS = 64  # a ubatch with fewer rows takes nearly as long as one with so many: all weights are read for it
+_TILE_ROWS = 64  # attention takes so many rows of a sequence at a time (ggml's GGML_FA_TILE_Q): fewer take as long
+_LEAST_TILES = 4  # a piece of a prompt with fewer would be too much the shorter for being whole
 _ENOUGH = 1.25  # so much longer a step may be if all prompts are through with it
 _ALONE = 1.25  # steps may be so many times longer while nobody generates: only newcomers wait for their end
 _GO_ON_SECONDS = 0.05  # so long a step may go on for the others, after some of its rows were cancelled
@@ -143,6 +145,14 @@ def share(budget: int, wants: Sequence[tuple[int, int]]) -> list[int]:
         given[i] += more
         budget -= more
     return given
+
+
+def whole_tiles(count: int, wanted: int) -> int:
+    """As many of `count` rows as are worth their time, if a prompt could use `wanted`.
+
+    All, if these are the last ones. Otherwise those that would begin a tile and not fill it come with a later step.
+    """
+    return count if count == wanted or count < _LEAST_TILES * _TILE_ROWS else count - count % _TILE_ROWS
 
 
 @dataclass(frozen=True, slots=True)

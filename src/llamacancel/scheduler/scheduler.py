@@ -261,9 +261,10 @@ class Scheduler:
     def _plan_prompts(self, plan: Plan, prompts: list[Request], budget: int, now: float) -> None:
         prompts.sort(key=lambda request: (request.place, request.number))
         wants = [(self._rows_to_stop(request), request.turn) for request in prompts]
-        for request, count in zip(prompts, policy.share(budget, wants), strict=True):
-            if not count:
+        for request, (want, _), given in zip(prompts, wants, policy.share(budget, wants), strict=True):
+            if not given:
                 continue
+            count = policy.whole_tiles(given, want)
             last = count == request.rows_left
             plan.rows.append(Rows(request, _slot_of(request), request.held, count, last))
             plan.n_prompt_rows += count
