@@ -210,15 +210,25 @@ def test_a_budget_is_shared_out_to_the_last_row_and_nobody_gets_more_than_it_can
             assert sum(given[i + 1 :]) == 0, "somebody behind was served first"
 
 
-@given(st.integers(1, 3000), st.integers(1, 3000))
-def test_a_piece_of_a_prompt_is_whole_tiles_unless_it_ends_the_prompt_or_is_a_small_one(most: int, wanted: int) -> None:
-    count = min(most, wanted)
-    rows = policy.whole_tiles(count, wanted)
-    if count == wanted or count < 256:
-        assert rows == count
-    else:
+def test_the_pieces_of_a_long_prompt_are_whole_tiles() -> None:
+    bench = Bench(slots=2, n_batch=700, step_seconds=None)
+    bench.submit("short", prompt(5), max_tokens=100)
+    bench.step()
+    bench.submit("long", prompt(2000, 1), max_tokens=1)
+    counts = [rows.count for _ in range(4) for rows in bench.step().rows if rows.request.id == "long"]
+    assert counts == [640, 640, 640, 80]
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 3000))
+def test_a_piece_of_a_prompt_is_whole_tiles_unless_it_ends_the_prompt_or_the_step_were_much_shorter(
+    most: int, wanted: int, budget: int
+) -> None:
+    count = min(most, wanted, budget)
+    rows = policy.whole_tiles(count, wanted, budget)
+    assert 0 < rows <= count
+    assert rows == count or (rows % 64 == 0 and count - rows <= budget / 10 and count < wanted)
+    if count < wanted and budget >= 640 and count >= 64:
         assert rows % 64 == 0
-        assert count - 64 < rows <= count
 
 
 def test_a_long_prompt_lets_short_ones_by_and_they_let_it_on() -> None:

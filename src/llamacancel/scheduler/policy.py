@@ -10,7 +10,7 @@ __all__ = ["Limits", "Pace", "Part", "grace", "loss", "parts_of", "place_of", "p
 _LEAST_ROWS = 64  # of a prompt in a step, however slow the machine is: fewer take nearly as long
 _SHORT_ROWS = 64  # a ubatch with fewer rows takes nearly as long as one with so many: all weights are read for it
 _TILE_ROWS = 64  # attention takes so many rows of a sequence at a time (ggml's GGML_FA_TILE_Q): fewer take as long
-_LEAST_TILES = 4  # a piece of a prompt with fewer would be too much the shorter for being whole
+_SCRAP_SHARE = 0.1  # so much shorter a step may be for that
 _ENOUGH = 1.25  # so much longer a step may be if all prompts are through with it
 _ALONE = 1.25  # steps may be so many times longer while nobody generates: only newcomers wait for their end
 _GO_ON_SECONDS = 0.05  # so long a step may go on for the others, after some of its rows were cancelled
@@ -147,12 +147,14 @@ def share(budget: int, wants: Sequence[tuple[int, int]]) -> list[int]:
     return given
 
 
-def whole_tiles(count: int, wanted: int) -> int:
+def whole_tiles(count: int, wanted: int, budget: int) -> int:
     """As many of `count` rows as are worth their time, if a prompt could use `wanted`.
 
-    All, if these are the last ones. Otherwise those that would begin a tile and not fill it come with a later step.
+    All, if these are the last ones. Otherwise those that would begin a tile and not fill it come with a later step, but
+    not if they are much of the `budget` of this one.
     """
-    return count if count == wanted or count < _LEAST_TILES * _TILE_ROWS else count - count % _TILE_ROWS
+    scrap = count % _TILE_ROWS
+    return count if count == wanted or scrap == count or scrap > budget * _SCRAP_SHARE else count - scrap
 
 
 @dataclass(frozen=True, slots=True)

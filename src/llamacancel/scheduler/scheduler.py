@@ -264,7 +264,7 @@ class Scheduler:
         for request, (want, _), given in zip(prompts, wants, policy.share(budget, wants), strict=True):
             if not given:
                 continue
-            count = policy.whole_tiles(given, want)
+            count = policy.whole_tiles(given, want, budget)
             last = count == request.rows_left
             plan.rows.append(Rows(request, _slot_of(request), request.held, count, last))
             plan.n_prompt_rows += count
