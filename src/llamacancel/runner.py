@@ -45,14 +45,17 @@ def rules_of(model: Model, *, slots: int, checkpoints: int | None, unified: bool
     """
     kind = str(model.memory_kind)
     if kind == "attention" or (kind == "sliding_window" and swa_full):
-        return MemoryRules(cut=True) if unified else MemoryRules(cut=True, least_copy=_LEAST_COPY, in_order=True)
+        if unified:
+            return MemoryRules(cut=True)
+        return MemoryRules(cut=True, least_copy=_LEAST_COPY, in_order=True, by_sequence=True)
     if kind in ("none", "other") or not unified:
-        return MemoryRules(cut=False, copy="nothing")
+        return MemoryRules(cut=False, copy="nothing", by_sequence=not unified)
     return MemoryRules(
         cut=False,
         window=model.n_swa if kind == "sliding_window" else 0,
         copy="part" if kind == "sliding_window" else "whole",
         checkpoints=slots if checkpoints is None else checkpoints,
+        by_sequence=kind != "sliding_window",
     )
 
 

@@ -307,6 +307,24 @@ def test_what_was_computed_before_the_last_ubatch_is_not_lost_and_rows_after_it_
     assert policy.grace(pace, parts, 0.16) == pytest.approx(0.05), "0.04 s are left: the third part is left out"
 
 
+def test_where_sequences_are_computed_by_themselves_only_the_one_that_is_being_computed_is_lost() -> None:
+    pace = known_pace()
+    parts = policy.parts_of(pace, 100, [(1, False), (150, False), (1, False), (150, True)], by_sequence=True)
+    assert [(part.seconds, part.saved) for part in parts] == [
+        (0.02, 0.0), *(pytest.approx(each) for each in ((0.1, 0.0), (0.05, 0.0), (0.1, 0.1), (0.05, 0.05)))
+    ]  # fmt: skip
+    assert policy.loss(parts, 0.05) == pytest.approx(0.03), "the single rows are done, and 0.03 s of the first prompt"
+    assert policy.loss(parts, 0.2) < 0, "only the cancelled one is being computed"
+
+
+def test_a_step_that_is_to_be_stopped_goes_on_to_the_end_of_a_part_that_ends_soon() -> None:
+    pace = known_pace()
+    parts = policy.parts_of(pace, 100, [(100, False), (300, False), (1, True)])
+    assert policy.grace(pace, parts, 0.05) == 0.0, "the part ends in 0.05 s"
+    assert policy.grace(pace, parts, 0.07) == pytest.approx(0.05), "in 0.03 s, and it may take a little longer"
+    assert policy.grace(pace, parts, 0.11) == 0.0, "the next one has just begun"
+
+
 def test_single_rows_cost_what_a_step_costs_however_many_of_them_are_cancelled() -> None:
     pace = known_pace()
     for cancelled in (1, 3):

@@ -14,6 +14,7 @@ _SCRAP_SHARE = 0.1  # so much shorter a step may be for that
 _ENOUGH = 1.25  # so much longer a step may be if all prompts are through with it
 _ALONE = 1.25  # steps may be so many times longer while nobody generates: only newcomers wait for their end
 _GO_ON_SECONDS = 0.05  # so long a step may go on for the others, after some of its rows were cancelled
+_SOON_SECONDS = 0.04  # a part that is expected to end in so long has most likely ended then
 _PATIENCE = 0.5  # seconds that stopped steps may cost the others at once
 _PATIENCE_SHARE = 0.1  # and of the time in the long run
 
@@ -170,15 +171,24 @@ class Part:
     saved: float
 
 
-def parts_of(pace: Pace, n_ubatch: int, rows: Sequence[tuple[int, bool]]) -> list[Part]:
-    """The ubatches of a step, as if its rows were computed in their order.
+def parts_of(pace: Pace, n_ubatch: int, rows: Sequence[tuple[int, bool]], by_sequence: bool = False) -> list[Part]:
+    """The ubatches of a step.
 
     Args:
         pace: How long rows take.
         n_ubatch: Rows of a ubatch.
         rows: Of each request how many it has in the step, and whether it was cancelled. A single row takes no time of
             its own: what it costs is what a step without prompts costs, be it one row or twenty.
+        by_sequence: The single rows are computed first, then each prompt by itself. False: all rows in their order.
     """
+    each = pace.row_seconds or 0.0
+    if by_sequence:
+        parts = [Part(pace.step_seconds, 0.0)] if any(count == 1 for count, _ in rows) else []
+        for count, cancelled in rows:
+            for begin in range(0, count if count > 1 else 0, n_ubatch):
+                seconds = min(n_ubatch, count - begin) * each
+                parts.append(Part(seconds, seconds * cancelled))
+        return parts
     n_parts = -(-sum(count for count, _ in rows) // n_ubatch)
     singles, prompts, saved = [0] * n_parts, [0] * n_parts, [0] * n_parts
     at = 0
@@ -193,7 +203,6 @@ def parts_of(pace: Pace, n_ubatch: int, rows: Sequence[tuple[int, bool]]) -> lis
                 prompts[i] += n
                 saved[i] += n * cancelled
             at += n
-    each = pace.row_seconds or 0.0
     return [
         Part(prompts[i] * each + (pace.step_seconds if singles[i] else 0.0), saved[i] * each) for i in range(n_parts)
     ]
@@ -216,8 +225,9 @@ def grace(pace: Pace, parts: Sequence[Part], elapsed: float) -> float | None:
     """How long a step may still take, now that some of its rows were cancelled.
 
     It is stopped at once if that costs the others nothing. If it does, the step may end: soon, and if it is not going
-    to end soon, it is stopped, too, so that the slot is free and its client need not wait. A flood of cancels must not
-    keep the others from getting on, so no more than a tenth of the time is spent in this way.
+    to end soon, it is stopped, too, so that the slot is free and its client need not wait; but not before the part that
+    is being computed, if that one ends soon. A flood of cancels must not keep the others from getting on, so no more
+    than a tenth of the time is spent in this way.
 
     Args:
         pace: The patience that there is.
@@ -232,7 +242,9 @@ def grace(pace: Pace, parts: Sequence[Part], elapsed: float) -> float | None:
     if pace.patience <= 0:
         return None
     left = end = 0.0
+    part_ends_soon = False
     for part in parts:
         begin, end = end, end + part.seconds
         left += part.seconds - part.saved if begin > elapsed else max(end - elapsed, 0.0)
-    return 0.0 if left > _GO_ON_SECONDS else _GO_ON_SECONDS
+        part_ends_soon |= 0 <= end - elapsed <= _SOON_SECONDS
+    return _GO_ON_SECONDS if left <= _GO_ON_SECONDS or part_ends_soon else 0.0

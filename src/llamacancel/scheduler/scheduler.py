@@ -115,7 +115,7 @@ class Scheduler:
     def _parts(self, plan: Plan) -> list[policy.Part]:
         if not plan.embed:
             rows = [(rows.count, rows.request.ending is not None) for rows in plan.rows]
-            return policy.parts_of(self.pace, self.limits.n_ubatch, rows)
+            return policy.parts_of(self.pace, self.limits.n_ubatch, rows, self.rules.by_sequence)
         each = self.pace.embed_row_seconds or 0.0
         total = sum(request.n_prompt for request in plan.embed)
         gone = sum(request.n_prompt for request in plan.embed if request.ending is not None)
