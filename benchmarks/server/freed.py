@@ -109,7 +109,7 @@ class _Bench:
         """Ask until so many are active and queued.
 
         Raises:
-            TimeoutError: That did not come about.
+            TimeoutError: That did not come about, or not before all neighbours had their answers.
         """
         deadline = time.monotonic() + self.job.patience
         while True:
@@ -121,6 +121,8 @@ class _Bench:
                     f"{state.active} active and {state.queued} queued instead of {active} and {queued} "
                     f"after {self.job.patience:.0f} s"
                 )
+            if self.neighbours and all(neighbour.task.done() for neighbour in self.neighbours):
+                raise TimeoutError("the slot was not free before the neighbours had their answers")
             await asyncio.sleep(0.001)
 
     # -- neighbours

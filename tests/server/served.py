@@ -216,11 +216,11 @@ class Served:
         return view
 
     def wait_noticed(self, request_id: str) -> None:
-        """Wait until the server knows that the client of a request, which it has begun, has hung up."""
+        """Wait until the server knows that the client of a request it had begun is gone, and has cancelled it."""
 
         def noticed() -> bool:
             group = self.service.groups.get(request_id)
-            return group is None or group.disconnected
+            return group is None or (group.disconnected and group.token.cancelled)
 
         eventually(noticed, f"the hang-up of {request_id}")
 

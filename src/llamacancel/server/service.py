@@ -65,8 +65,11 @@ class Group:
     disconnected: bool = False
 
     def cancel(self, reason: str = "") -> bool:
-        """Cancel all that is not finished; whether there was any."""
-        cancelled = [work.cancel(reason) for work in self.works]
+        """Cancel all that is not finished; whether there was any.
+
+        The last ones first: they may be waiting, and are not to be given a slot that the first ones leave.
+        """
+        cancelled = [work.cancel(reason) for work in reversed(self.works)]
         was_first = self.token.cancel(reason)
         return any(cancelled) or (was_first and not self.arrived.is_set())
 
