@@ -116,13 +116,12 @@ class _Bench:
             state = await self.state()
             if (state.active, state.queued) == (active, queued):
                 return state
-            if time.monotonic() > deadline:
+            ended = bool(self.neighbours) and all(neighbour.task.done() for neighbour in self.neighbours)
+            if ended or time.monotonic() > deadline:
+                when = "when all neighbours had their answers" if ended else f"after {self.job.patience:.0f} s"
                 raise TimeoutError(
-                    f"{state.active} active and {state.queued} queued instead of {active} and {queued} "
-                    f"after {self.job.patience:.0f} s"
+                    f"{state.active} active and {state.queued} queued instead of {active} and {queued} {when}"
                 )
-            if self.neighbours and all(neighbour.task.done() for neighbour in self.neighbours):
-                raise TimeoutError("the slot was not free before the neighbours had their answers")
             await asyncio.sleep(0.001)
 
     # -- neighbours

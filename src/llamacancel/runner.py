@@ -44,18 +44,19 @@ def rules_of(model: Model, *, slots: int, checkpoints: int | None, unified: bool
         swa_full: A sliding window keeps everything.
     """
     kind = str(model.memory_kind)
+    by_sequence = not unified or kind in ("recurrent", "hybrid", "hybrid_sliding_window")
     if kind == "attention" or (kind == "sliding_window" and swa_full):
         if unified:
             return MemoryRules(cut=True)
-        return MemoryRules(cut=True, least_copy=_LEAST_COPY, in_order=True, by_sequence=True)
+        return MemoryRules(cut=True, least_copy=_LEAST_COPY, in_order=True, by_sequence=by_sequence)
     if kind in ("none", "other") or not unified:
-        return MemoryRules(cut=False, copy="nothing", by_sequence=not unified)
+        return MemoryRules(cut=False, copy="nothing", by_sequence=by_sequence)
     return MemoryRules(
         cut=False,
         window=model.n_swa if kind == "sliding_window" else 0,
         copy="part" if kind == "sliding_window" else "whole",
         checkpoints=slots if checkpoints is None else checkpoints,
-        by_sequence=kind != "sliding_window",
+        by_sequence=by_sequence,
     )
 
 

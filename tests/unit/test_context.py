@@ -63,7 +63,7 @@ def test_logits_are_given_for_the_rows_that_asked(arch: str, model_of: LoadedMod
         ([7], 1),
     ],
 )
-def test_sequences_of_a_batch_share_ubatches_where_that_makes_fewer(
+def test_sequences_of_a_batch_share_ubatches_unless_that_makes_more_of_them(
     lengths: list[int], n_ubatches: int, arch: str, model_of: LoadedModel, new_context: NewContext
 ) -> None:
     model = model_of(arch)

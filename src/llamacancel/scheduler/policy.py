@@ -155,7 +155,9 @@ def whole_tiles(count: int, wanted: int, budget: int) -> int:
     not if they are much of the `budget` of this one.
     """
     scrap = count % _TILE_ROWS
-    return count if count == wanted or scrap == count or scrap > budget * _SCRAP_SHARE else count - scrap
+    if count in (wanted, scrap) or scrap > budget * _SCRAP_SHARE:
+        return count
+    return count - scrap
 
 
 @dataclass(frozen=True, slots=True)
