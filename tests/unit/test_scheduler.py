@@ -259,6 +259,17 @@ def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
     assert bench.runner.steps < 3 * (1500 / 32) * 3
 
 
+def test_a_stopped_step_takes_no_turn_from_those_whose_rows_were_not_computed() -> None:
+    bench = Bench(slots=3, n_batch=96, n_ubatch=32, quantum=64, step_seconds=None)
+    first, second = (bench.submit(name, prompt(300, i), max_tokens=1) for i, name in enumerate(("first", "second")))
+    assert rows_of(bench.scheduler.plan(bench.now)) == {"first": 64, "second": 32}
+    bench.scheduler.commit(Outcome(held={0: 64, 1: 0}, aborted=True, rows_done=64), 1.0)
+    bench.now = 1.0
+    newcomer = bench.submit("newcomer", prompt(300, 2), max_tokens=1)
+    assert rows_of(bench.scheduler.plan(bench.now)) == {"second": 64, "first": 32}
+    assert [each.held for each in (first, second, newcomer)] == [64, 0, 0]
+
+
 def test_several_prompts_share_a_step() -> None:
     bench = Bench(slots=3, n_batch=100, step_seconds=None)
     for i in range(3):

@@ -249,7 +249,7 @@ class Scheduler:
                 plan.rows.append(Rows(request, _slot_of(request), request.held, 1, True))
         plan.n_other_rows = len(plan.rows)
         if prompts:
-            self._plan_prompts(plan, prompts, budget, now)
+            self._plan_prompts(plan, prompts, budget)
         if budget < allowed:
             planned = {rows.request.id for rows in plan.rows}
             for request in prompts:
@@ -258,7 +258,7 @@ class Scheduler:
         if self.rules.in_order:
             plan.rows.sort(key=lambda rows: rows.slot)
 
-    def _plan_prompts(self, plan: Plan, prompts: list[Request], budget: int, now: float) -> None:
+    def _plan_prompts(self, plan: Plan, prompts: list[Request], budget: int) -> None:
         prompts.sort(key=lambda request: (request.place, request.number))
         wants = [(self._rows_to_stop(request), request.turn) for request in prompts]
         for request, (want, _), given in zip(prompts, wants, policy.share(budget, wants), strict=True):
@@ -268,10 +268,6 @@ class Scheduler:
             last = count == request.rows_left
             plan.rows.append(Rows(request, _slot_of(request), request.held, count, last))
             plan.n_prompt_rows += count
-            request.turn -= count
-            if request.turn <= 0:
-                request.turn = self.limits.quantum
-                request.place = policy.place_of(self.limits, request.priority, now)
 
     def _rows_to_stop(self, request: Request) -> int:
         """Rows up to the next checkpoint, or to the end of the prompt."""
@@ -494,8 +490,12 @@ class Scheduler:
         held = outcome.held.get(rows.slot, request.held)
         if held > request.held:
             self.cells.grow(seq.id, held - request.held)
+            request.turn -= held - request.held
             request.held = seq.held = held
             seq.peak = max(seq.peak, held)
+            if request.turn <= 0:
+                request.turn = self.limits.quantum
+                request.place = policy.place_of(self.limits, request.priority, now)
         if request.checkpoints and request.checkpoints[-1] == held:
             self._keep_checkpoint(request, now)
         request.suspect = False
