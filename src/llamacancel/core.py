@@ -41,7 +41,6 @@ class Core:
         self.steps = 0
         self.schedule_seconds = self.run_seconds = self.commit_seconds = 0.0
         self.listeners: list[Registration] = []
-        self._grace: CancelToken | None = None  # cancelled by its deadline, when the step has gone on for long enough
         self._recent: deque[RequestView] = deque(maxlen=history)
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
@@ -106,7 +105,6 @@ class Core:
         began = time.perf_counter()
         with self._lock:
             self.scheduler.commit(outcome, time.monotonic())
-            self._grace = None
             self.steps += 1
             self._take_changes()
             for slot in outcome.sampled:
@@ -172,32 +170,11 @@ class Core:
         with self._wake:
             now = time.monotonic()
             self.scheduler.cancel(work.id, ending_of(work._token), now)
-            self._stop_step(self.scheduler.grace(now))
+            if self.scheduler.stops_inside(now):
+                self.runner.stop.cancel("others in the step were cancelled")
             self._take_changes()
             self._wake.notify()
         self._tell()
-
-    def _stop_step(self, grace: float | None) -> None:
-        """Under the lock: stop the step that is being run, at once or when its grace is over."""
-        if grace is None or self.runner.stop.cancelled:
-            return
-        if grace <= 0:
-            self.runner.stop.cancel("others in the step were cancelled")
-        elif self._grace is None:
-            self._grace = over = CancelToken(timeout=grace)
-            this = weakref.ref(self)
-
-            def stop() -> None:
-                core = this()
-                if core is not None:
-                    core._grace_is_over(over)
-
-            over.add_callback(stop)
-
-    def _grace_is_over(self, over: CancelToken) -> None:
-        with self._lock:
-            if self._grace is over and self.scheduler.grace(time.monotonic()) is not None:
-                self.runner.stop.cancel("others in the step were cancelled")
 
     def close(self) -> None:
         """Refuse new work, and stop once all that was accepted is finished."""

@@ -30,12 +30,12 @@ def readings(new_context: NewContext) -> Callable[..., int]:
 
     def count(
         arch: str, rows: lc.Batch, past: Callable[[lc.Context], object] = lambda context: None, token: Any = None,
-        **params: Any,
+        on_cancel: Any = "rollback", **params: Any,
     ) -> int:
         context = new_context(arch, **{"n_ubatch": 8, "n_seq_max": 3, **params})
         token = far() if token is None else token
         past(context)
-        told = readings_of(lambda: context.decode(rows, token))
+        told = readings_of(lambda: context.decode(rows, token, on_cancel=on_cancel))
         context.close()
         return told
 

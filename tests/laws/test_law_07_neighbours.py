@@ -12,7 +12,7 @@ import pytest
 import llamacancel as lc
 from tests.conftest import GENERATIVE
 
-from .clock import deadline_at, in_the_middle
+from .clock import Clock, deadline_at, in_the_middle
 from .every_poll import SHARED
 from .words import (
     NewContext,
@@ -225,7 +225,7 @@ def test_a_sequence_cancelled_on_the_way_is_undone_or_kept_and_the_others_go_on(
         if history:
             decode(each, batch((tokens(history, 1), 0, 0), (tokens(history, 2), 0, 1)))
 
-    whole = readings(arch, rows, past, {0: lc.CancelToken(), 1: far()}, n_seq_max=2)
+    whole = readings(arch, rows, past, {0: lc.CancelToken(), 1: far()}, on_cancel, n_seq_max=2)
     past(context)
     past(twin)
     given = {0: lc.CancelToken(), 1: far()}
@@ -306,6 +306,92 @@ def test_cancels_by_others_at_random_moments_leave_the_survivors_their_results(
         assert context.dirty_sequences == []
         assert close(one_more(context), after)
         context.close()
+
+
+# ---- a ubatch that nobody wants, and one that somebody wants ---------------------------------------------------
+
+FEW = 12  # readings of the clock between a cancel and the call's return, if it stops at the next look
+
+
+@pytest.mark.parametrize("arch", GENERATIVE)
+def test_with_keep_a_ubatch_that_nobody_wants_is_stopped_at_once_and_the_call_goes_on_for_the_others(
+    arch: str, pair: Pair
+) -> None:
+    context, twin = pair(arch, n_seq_max=2)
+    mine, other = (tokens(1, 3), 0, 0), (tokens(40, 4), 0, 1)
+    rows = batch(mine, other)  # behind the first ubatch all rows are the other's
+    with Clock() as clock:
+        expected = decode(twin, rows, {0: lc.CancelToken(), 1: lc.CancelToken()}, on_cancel="keep")
+    after = one_more(twin)
+    ends = set()
+    for at in range(clock.readings // 3, clock.readings * 4 // 5, clock.readings // 9):
+        context.memory.clear()
+        token = lc.CancelToken()
+        with in_the_middle(token.cancel, at=at) as clock:
+            result = context.decode(rows, {0: lc.CancelToken(), 1: token}, on_cancel="keep")
+        assert clock.readings - at < FEW
+        assert result.survivors == [0]
+        assert result.sequences[0] == lc.SequenceOutcome("completed", 0, 1, False)
+        assert result.sequences[1].state == "kept"
+        assert _agrees(context, result.sequences)
+        end = result.sequences[1].end
+        assert result.rows_done == 1 + end < 41
+        assert same_bits(_logits(context, rows, 0), expected[:1])
+        ends.add(end)
+        rest = decode(context, batch((other[0][end:], end, 1)), on_cancel="keep")
+        assert same_bits(rest, expected[1 + end :])
+        assert same_bits(one_more(context), after)
+    assert len(ends) > 2
+
+
+@pytest.mark.parametrize("arch", GENERATIVE)
+def test_a_call_that_stops_after_a_ubatch_loses_nothing_that_somebody_wants(arch: str, pair: Pair) -> None:
+    context, twin = pair(arch, n_seq_max=2)
+    rows = woven((tokens(40, 3), 0, 0), (tokens(40, 4), 0, 1))
+    stops: dict[str, Any] = {"on_cancel": "keep", "abort_when": "any"}
+    with Clock() as clock:
+        expected = decode(twin, rows, {0: lc.CancelToken(), 1: lc.CancelToken()}, **stops)
+    after = one_more(twin)
+
+    def stopped(at: int, abort_at: str, *gone: int) -> tuple[lc.DecodeCancelled, int]:
+        context.memory.clear()
+        given = {seq: lc.CancelToken() for seq in range(2)}
+        with in_the_middle(lambda: [given[seq].cancel() for seq in gone], at=at) as clock:
+            error = cancelled(context, rows, given, abort_at=abort_at, **stops)
+        assert error is not None
+        assert error.survivors == [seq for seq in range(2) if seq not in gone]
+        assert _agrees(context, error.sequences)
+        return error, clock.readings - at
+
+    for at in range(clock.readings // 9, clock.readings * 4 // 5, clock.readings // 7):
+        at_once, looks = stopped(at, "node", 1)
+        assert looks < FEW
+        all_gone, looks = stopped(at, "ubatch", 0, 1)
+        assert looks < FEW
+        later, _ = stopped(at, "ubatch", 1)
+        assert later.rows_done == at_once.rows_done + 8 == all_gone.rows_done + 8
+        ends = {seq: outcome.end for seq, outcome in later.sequences.items()}
+        kept = [row for row in range(80) if rows.positions[row] < ends[rows.seq_ids(row)[0]]]
+        assert len(kept) == later.rows_done
+        assert same_bits(np.stack([context.logits(row) for row in kept]), expected[kept])
+        rest = woven(*((tokens(40, 3 + seq)[end:], end, seq) for seq, end in ends.items()))
+        assert same_bits(decode(context, rest), np.delete(expected, kept, axis=0))
+        assert same_bits(one_more(context), after)
+
+
+@pytest.mark.parametrize("arch", GENERATIVE)
+def test_a_call_that_stops_after_a_ubatch_is_rolled_back_as_a_whole_unless_it_keeps(arch: str, pair: Pair) -> None:
+    context, twin = pair(arch)
+    rows = woven((tokens(20, 3), 20, 0), (tokens(20, 4), 21, 1))
+    _past(context)
+    _past(twin)
+    token = lc.CancelToken()
+    with in_the_middle(token.cancel):
+        error = cancelled(context, rows, {0: lc.CancelToken(), 1: token}, abort_when="any", abort_at="ubatch")
+    assert error is not None
+    assert (error.survivors, error.rows_done) == ([0], 0)
+    assert holds(context) == holds(twin)
+    assert same_bits(decode(context, rows), decode(twin, rows))
 
 
 # ---- stopped and run again -------------------------------------------------------------------------------------

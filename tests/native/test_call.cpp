@@ -23,6 +23,12 @@ struct Rows {
     void cancel(int i) { tokens[i]->cancel(Cause::Client, std::to_string(i)); }
 };
 
+static bool answer(void * data) noexcept {
+    auto & [asked, result] = *static_cast<std::pair<int, bool> *>(data);
+    ++asked;
+    return result;
+}
+
 TEST("a call without tokens goes on") {
     Call call;
     CHECK(!call.should_stop());
@@ -105,6 +111,71 @@ TEST("abort_when any: the call stops with the first row") {
     CHECK(call.should_stop());
 }
 
+TEST("abort_at ubatch: what some rows still want stops between two ubatches only, and all of it at once") {
+    Rows rows;
+    Call call(rows.watches, 10, AbortWhen::Any, AbortAt::Ubatch);
+    call.begin_ubatch({});
+    for (int i = 0; i < 3; ++i) {
+        rows.cancel(i);
+        CHECK(!call.should_stop_inside());
+    }
+    rows.cancel(3);
+    CHECK(call.should_stop_inside());
+    CHECK(call.stopped());
+    Rows others;
+    Call between(others.watches, 10, AbortWhen::Any, AbortAt::Ubatch);
+    others.cancel(2);
+    between.begin_ubatch({});
+    CHECK(!between.should_stop_inside());
+    CHECK(between.should_stop());
+    CHECK(between.verdict()->reason == "2");
+}
+
+TEST("a ubatch stops once nobody wants it, and the call goes on") {
+    Rows rows;
+    Call call(rows.watches, 10, AbortWhen::All);
+    call.begin_ubatch({rows.tokens[1].get(), rows.tokens[2].get()});
+    rows.cancel(1);
+    CHECK(!call.should_stop_inside());
+    rows.cancel(2);
+    CHECK(call.should_stop_inside());
+    CHECK(call.stopped_inside());
+    CHECK(!call.stopped());
+    CHECK(!call.should_stop());
+    call.begin_ubatch({rows.tokens[0].get(), rows.tokens[2].get()});
+    CHECK(!call.stopped_inside());
+    CHECK(!call.should_stop_inside());
+    call.begin_ubatch({});
+    rows.cancel(0);
+    CHECK(!call.should_stop_inside());
+    rows.cancel(3);
+    CHECK(call.should_stop_inside());
+    CHECK(call.stopped());
+}
+
+TEST("a majority stops a ubatch that somebody wants") {
+    Rows rows;
+    Call call(rows.watches, 10, AbortWhen::Majority);
+    call.begin_ubatch({rows.tokens[0].get()});
+    rows.cancel(3);
+    rows.cancel(2);
+    CHECK(call.should_stop_inside());
+    CHECK(call.stopped());
+}
+
+TEST("an interrupt stops a ubatch and with it the call") {
+    std::pair<int, bool> hook{0, true};
+    Rows rows;
+    Call call(rows.watches, 10, AbortWhen::Any, AbortAt::Ubatch);
+    call.set_interrupt(answer, &hook);
+    call.begin_ubatch({rows.tokens[0].get()});
+    CHECK(!call.should_stop_inside());
+    advance(kHookInterval);
+    CHECK(call.should_stop_inside());
+    CHECK(call.stopped());
+    CHECK(call.stopped_by_interrupt());
+}
+
 TEST("a call's verdict is the one with which enough rows were cancelled, whatever their order in the list") {
     Rows rows;
     Call any(rows.watches, 10, AbortWhen::Any), majority(rows.watches, 10, AbortWhen::Majority);
@@ -128,12 +199,6 @@ TEST("rows of several tokens are cancelled with the last of them") {
         rows.cancel(i);
     }
     CHECK(call.verdict()->reason == "0");
-}
-
-static bool answer(void * data) noexcept {
-    auto & [asked, result] = *static_cast<std::pair<int, bool> *>(data);
-    ++asked;
-    return result;
 }
 
 TEST("the interrupt hook is asked once an interval") {

@@ -126,6 +126,7 @@ DECODE = [
     Case("decode: on_cancel unknown", ValueError, "on_cancel 'rollback' 'keep' 'drop'", lambda w: w.ctx.decode(follow(1), on_cancel="drop")),
     Case("decode: on_cancel a list", ValueError, "on_cancel", lambda w: w.ctx.decode(follow(1), on_cancel=[])),
     Case("decode: abort_when unknown", ValueError, "abort_when 'all' 'majority' 'any' 'some'", lambda w: w.ctx.decode(follow(1), abort_when="some")),
+    Case("decode: abort_at unknown", ValueError, "abort_at 'node' 'ubatch' 'row'", lambda w: w.ctx.decode(follow(1), abort_at="row")),
     Case("decode: no room", lc.MemoryFullError, "memory no room", lambda w: w.ctx.decode(follow(256)), params={"n_ctx": 256}),
     Case("decode: no room behind the first ubatches", lc.MemoryFullError, "memory no room", lambda w: w.ctx.decode(follow(250)), params={"n_ctx": 256, "n_batch": 256}),
     Case("decode: no room in a hybrid", lc.MemoryFullError, "memory no room", lambda w: w.ctx.decode(follow(256)), "hybrid", {"n_ctx": 256}),

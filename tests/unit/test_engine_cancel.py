@@ -145,27 +145,53 @@ def test_leaving_a_with_statement_cancels_what_is_unfinished() -> None:
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_long_step_is_stopped_for_a_cancel_and_run_again_without_it(arch: str) -> None:
+def test_a_step_stops_for_a_cancel_and_who_waits_for_the_slot_joins_those_who_stay(arch: str) -> None:
     prompt, plans = ids(300, 1), []
-    with engine(arch, n_ubatch=8, step_seconds=None) as e:
-        e._core.scheduler.pace.row_seconds = 1.0  # every step counts as long
+    with engine(arch, slots=2, n_ubatch=8, step_seconds=None) as e:
 
         def look(number: int, plan: Plan) -> None:
             plans.append([(rows.request.id, rows.start) for rows in plan.rows])
             if number == 0:
                 assert victim.cancel()
-                assert e._core.runner.stop.cancelled
 
         before_step(e, look)
         with e._core._lock:  # so that one step has both
             victim = e.submit(ids(600, 2), max_tokens=1)
             other = e.submit(prompt, max_tokens=3, sampler=greedy(), logprobs=2)
-        other.result(60)
+            waiting = e.submit(ids(20, 3), max_tokens=3, sampler=greedy(), logprobs=2)
+        for each in (other, waiting):
+            each.result(60)
         assert victim.wait(60)
+        assert not e._core.runner.stop.cancelled
     assert same_answer(arch, other, answer(arch, prompt, 3))
+    assert same_answer(arch, waiting, answer(arch, ids(20, 3), 3))
     assert victim.finish_reason == "cancelled"
     assert plans[0] == [(victim.id, 0), (other.id, 0)]
-    assert plans[1] == [(other.id, 0)], "it was stopped before its first row"
+    assert sorted(plans[1]) == sorted([(other.id, 0), (waiting.id, 0)]), "it was stopped before its first row"
+
+
+@pytest.mark.parametrize("patience", [1.0, 0.0])
+def test_a_long_ubatch_that_others_want_is_stopped_in_its_middle_while_there_is_patience(patience: float) -> None:
+    prompt, stops = ids(300, 1), []
+    with engine() as e:
+
+        def look(number: int, plan: Plan) -> None:
+            if any(rows.request.id == other.id and rows.count > 1 for rows in plan.rows):
+                pace = e._core.scheduler.pace
+                pace.row_seconds, pace.patience = 1.0, patience
+                victim.cancel()
+                stops.append(e._core.runner.stop.cancelled)
+
+        with Gate(e, at=3) as gate:
+            victim = e.submit(ids(20, 2), sampler=endless())
+            gate.wait()
+            other = e.submit(prompt, max_tokens=3, sampler=greedy(), logprobs=2)
+            before_step(e, look)
+        other.result(60)
+        assert victim.wait(60)
+    assert stops[0] is (patience > 0)
+    assert same_answer("llama", other, answer("llama", prompt, 3))
+    assert victim.finish_reason == "cancelled"
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
@@ -189,39 +215,3 @@ def test_who_was_through_before_a_step_was_stopped_has_its_token(arch: str) -> N
         other.result(60)
     assert steps[:2] == [[(other.id, 0)], [(other.id, len(prompt))]]
     assert same_answer(arch, other, answer(arch, prompt, 3))
-
-
-def test_a_step_that_should_end_soon_and_does_not_is_stopped_when_its_grace_is_over() -> None:
-    prompt = ids(40, 1)
-    with engine() as e:
-        e._core.scheduler.pace.row_seconds = 1e-9  # every step should be over by now
-        with Gate(e) as gate:
-            with e._core._lock:
-                victim = e.submit(ids(20, 2), max_tokens=500)
-                other = e.submit(prompt, max_tokens=3, sampler=greedy(), logprobs=2)
-            gate.wait()
-            stop = e._core.runner.stop
-            assert victim.cancel()
-            assert stop.wait(60)
-        other.result(60)
-        assert victim.wait(60)
-        assert e._core.runner.stop is not stop, "the next step listens to another one"
-    assert same_answer("llama", other, answer("llama", prompt, 3))
-    assert victim.finish_reason == "cancelled"
-
-
-def test_a_step_is_not_stopped_when_all_patience_is_spent_and_those_who_stay_would_lose() -> None:
-    with engine() as e:
-        e._core.scheduler.pace.row_seconds = 1e-9
-        e._core.scheduler.pace.patience = -1e9
-        with Gate(e) as gate:
-            with e._core._lock:
-                victim = e.submit(ids(20, 2), max_tokens=500)
-                other = e.submit(ids(40, 1), max_tokens=3, sampler=greedy())
-            gate.wait()
-            stop = e._core.runner.stop
-            assert victim.cancel()
-            assert e._core._grace is None
-        other.result(60)
-        assert victim.wait(60)
-        assert not stop.cancelled

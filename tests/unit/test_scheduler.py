@@ -286,24 +286,29 @@ def test_embeddings_and_generations_take_turns() -> None:
     assert kinds[:4] == ["e0e1", "rows", "e2", "rows"]
 
 
-def test_a_step_that_ends_soon_goes_on_without_the_cancelled_and_one_that_does_not_is_stopped() -> None:
+def test_a_part_that_others_want_goes_on_to_its_end_unless_that_is_far() -> None:
     pace = known_pace()
-    soon = policy.parts_of(pace, 512, [(1, True), (1, False), (40, False)])
-    assert policy.grace(pace, soon, 0.01) == pytest.approx(0.05), "0.05 s are left, and it is stopped if they were more"
-    late = policy.parts_of(pace, 512, [(1, True), (1, False), (200, False)])
-    assert policy.grace(pace, late, 0.01) == 0.0
-    assert policy.grace(pace, late, 0.19) == pytest.approx(0.05), "most of it is done"
-    assert policy.grace(pace, late, 0.5) == pytest.approx(0.05), "it takes longer than expected"
+    parts = policy.parts_of(pace, 400, [(1, True), (399, False), (1, True), (399, False)])
+    for elapsed, left in ((0.1, 0.32), (0.16, 0.26), (0.5, 0.34)):
+        assert policy.stops_inside(pace, parts, elapsed), f"{left} s are left of the part"
+    for elapsed in (0.2, 0.41, 0.7, 1.5):  # the last one takes longer than expected
+        assert not policy.stops_inside(pace, parts, elapsed)
 
 
-def test_a_step_is_stopped_at_once_where_the_others_are_done_sooner_without_the_cancelled() -> None:
+def test_a_part_is_begun_anew_where_the_others_are_done_sooner_without_the_cancelled() -> None:
     pace = known_pace()
     pace.observe_stop(10.0)
     parts = policy.parts_of(pace, 512, [(1, False), (400, True), (60, False)])
     assert policy.loss(parts, 0.1) == pytest.approx(-0.3), "0.1 s are done again, and 0.4 s not done"
-    assert policy.grace(pace, parts, 0.1) == 0.0, "also when all patience is spent"
+    assert policy.stops_inside(pace, parts, 0.1), "also when all patience is spent"
     assert policy.loss(parts, 0.45) == pytest.approx(0.05)
-    assert policy.grace(pace, parts, 0.45) is None
+    assert not policy.stops_inside(pace, parts, 0.45)
+
+
+def test_a_part_that_nobody_wants_is_left_to_stop_by_itself() -> None:
+    pace = known_pace()
+    parts = policy.parts_of(pace, 512, [(1, False), (400, True), (60, False)], by_sequence=True)
+    assert not policy.stops_inside(pace, parts, 0.1)
 
 
 def test_what_was_computed_before_the_last_ubatch_is_not_lost_and_rows_after_it_are_not_computed() -> None:
@@ -315,7 +320,6 @@ def test_what_was_computed_before_the_last_ubatch_is_not_lost_and_rows_after_it_
     assert policy.loss(parts, 0.08) == pytest.approx(0.08), "the first part has no row of the cancelled"
     assert policy.loss(parts, 0.12) == pytest.approx(-0.03)
     assert policy.loss(parts, 0.18) == pytest.approx(0.03)
-    assert policy.grace(pace, parts, 0.16) == pytest.approx(0.05), "0.04 s are left: the third part is left out"
 
 
 def test_where_sequences_are_computed_by_themselves_only_the_one_that_is_being_computed_is_lost() -> None:
@@ -328,14 +332,6 @@ def test_where_sequences_are_computed_by_themselves_only_the_one_that_is_being_c
     assert policy.loss(parts, 0.2) < 0, "only the cancelled one is being computed"
 
 
-def test_a_step_that_is_to_be_stopped_goes_on_to_the_end_of_a_part_that_ends_soon() -> None:
-    pace = known_pace()
-    parts = policy.parts_of(pace, 100, [(100, False), (300, False), (1, True)])
-    assert policy.grace(pace, parts, 0.05) == 0.0, "the part ends in 0.05 s"
-    assert policy.grace(pace, parts, 0.07) == pytest.approx(0.05), "in 0.03 s, and it may take a little longer"
-    assert policy.grace(pace, parts, 0.11) == 0.0, "the next one has just begun"
-
-
 def test_single_rows_cost_what_a_step_costs_however_many_of_them_are_cancelled() -> None:
     pace = known_pace()
     for cancelled in (1, 3):
@@ -345,25 +341,27 @@ def test_single_rows_cost_what_a_step_costs_however_many_of_them_are_cancelled()
 
 def test_stops_cost_the_others_no_more_than_a_tenth_of_the_time() -> None:
     pace = known_pace()
-    parts = policy.parts_of(pace, 512, [(1, True), (1, False), (300, False)])
+    parts = policy.parts_of(pace, 512, [(1, True), (1, False), (500, False)])
     for _ in range(10):
         pace.observe_stop(policy.loss(parts, 0.1))
-    assert policy.grace(pace, parts, 0.1) is None, "the others have to get on"
+    assert not policy.stops_inside(pace, parts, 0.1), "the others have to get on"
     for _ in range(100):
         pace.observe(100, 0, 0.1)
-    assert policy.grace(pace, parts, 0.1) == 0.0
+    assert policy.stops_inside(pace, parts, 0.1)
 
 
 def test_nothing_is_to_be_stopped_where_nobody_in_the_step_was_cancelled() -> None:
-    bench = Bench(slots=1)
-    bench.submit("a", prompt(10))
-    waiting = bench.submit("b", prompt(10))
-    assert bench.scheduler.grace(0.0) is None
+    bench = Bench(slots=2)
+    for name in ("a", "b"):
+        bench.submit(name, prompt(10))
+    waiting = bench.submit("c", prompt(10))
+    assert not bench.scheduler.stops_inside(0.0)
     assert bench.scheduler.plan(0.0)
+    bench.scheduler.pace.row_seconds = 1.0
     assert bench.scheduler.cancel(waiting.id, "cancelled", 0.0)
-    assert bench.scheduler.grace(0.0) is None
+    assert not bench.scheduler.stops_inside(0.0)
     assert bench.scheduler.cancel("a", "cancelled", 0.01)
-    assert bench.scheduler.grace(0.01) is not None
+    assert bench.scheduler.stops_inside(0.01)
 
 
 @pytest.mark.parametrize("kind", ["generation", "embedding"])

@@ -106,8 +106,7 @@ class Schedules(RuleBasedStateMachine):
             assert told == unfinished
             if told:
                 self.told.add(name)
-        grace = self.scheduler.grace(self.now)
-        assert grace is None or (grace >= 0 and self.plan is not None)
+        assert not self.scheduler.stops_inside(self.now) or self.plan is not None
 
     @precondition(lambda self: self.plan is None)
     @rule()

@@ -22,6 +22,10 @@ cdef extern from "call.hpp" namespace "llamacancel" nogil:
         Majority
         Any
 
+    enum class AbortAt (uint8_t):
+        Node
+        Ubatch
+
     struct Watch "llamacancel::Call::Watch":
         shared_ptr[TokenState] token
         uint32_t rows
@@ -30,7 +34,7 @@ cdef extern from "call.hpp" namespace "llamacancel" nogil:
     cppclass Call:
         Call() noexcept
         Call(shared_ptr[TokenState] token) except +
-        Call(vector[Watch] watches, uint32_t rows, AbortWhen when) except +
+        Call(vector[Watch] watches, uint32_t rows, AbortWhen when, AbortAt at) except +
         void set_interrupt(bool (*hook)(void *) noexcept, void * arg) noexcept
         bool should_stop() noexcept
         bool stopped_by_interrupt() noexcept
@@ -139,7 +143,7 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         bool interrupted
 
     Call shared_call(const BatchView & batch, const cppmap[llama_seq_id, shared_ptr[TokenState]] & tokens,
-                     AbortWhen when) except +
+                     AbortWhen when, AbortAt at) except +
 
     cppclass ModelBox:
         @staticmethod

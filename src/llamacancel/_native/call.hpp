@@ -16,6 +16,9 @@ namespace llamacancel {
 
 enum class AbortWhen : uint8_t { All, Majority, Any };
 
+// Where a call stops that some of its rows still want: in the middle of a ubatch, or before the next one.
+enum class AbortAt : uint8_t { Node, Ubatch };
+
 // Asked on the calling thread at most every `kHookInterval`; true stops the call. Used for Ctrl-C.
 using InterruptHook = bool (*)(void *);
 constexpr int64_t kHookInterval = 50'000'000;
@@ -64,11 +67,13 @@ public:
     }
 
     // A token for each group of rows; rows in no group are never cancelled.
-    Call(std::vector<Watch> watches, uint32_t rows, AbortWhen when)
-        : watches_(std::move(watches)),
+    Call(std::vector<Watch> watches, uint32_t rows, AbortWhen when, AbortAt at = AbortAt::Node)
+        : all_rows_(std::max(rows, 1u)),
           rows_needed_(when == AbortWhen::Any        ? 1
                        : when == AbortWhen::Majority ? rows / 2 + 1
-                                                     : std::max(rows, 1u)) {}
+                                                     : all_rows_),
+          rows_needed_inside_(at == AbortAt::Ubatch ? all_rows_ : rows_needed_),
+          watches_(std::move(watches)) {}
 
     Call(Call &&) = default;
     Call & operator=(Call &&) = default;
@@ -82,12 +87,31 @@ public:
     // True once the call is to stop, and from then on. Called on the calling thread only, without the GIL.
     bool should_stop() noexcept {
         if (!stopped_) {
-            stopped_ = (only_ ? only_->poll() : enough_cancelled()) || (hook_ && interrupted());
+            stopped_ = (only_ ? only_->poll() : cancelled(rows_needed_)) || (hook_ && interrupted());
         }
         return stopped_;
     }
 
+    // A ubatch begins. Once all of `tokens` are cancelled nobody wants it, and it stops, whether the call does or not;
+    // with no tokens it stops with the call alone. They are the caller's, until the next ubatch begins.
+    void begin_ubatch(std::vector<TokenState *> tokens) noexcept {
+        ubatch_ = std::move(tokens);
+        stopped_inside_ = stopped_;
+    }
+
+    // True once the ubatch that is being computed is to stop, and from then on. Called as should_stop(), in its graph.
+    bool should_stop_inside() noexcept {
+        if (!stopped_inside_) {
+            // All rows of a call are cancelled no sooner than those of its ubatch: one of the two is looked at.
+            const bool alone = ubatch_.empty() || rows_needed_inside_ < all_rows_;
+            stopped_ = (only_ ? only_->poll() : alone && cancelled(rows_needed_inside_)) || (hook_ && interrupted());
+            stopped_inside_ = stopped_ || (!ubatch_.empty() && unwanted());
+        }
+        return stopped_inside_;
+    }
+
     const bool & stopped() const noexcept { return stopped_; }
+    const bool & stopped_inside() const noexcept { return stopped_inside_; }
     bool stopped_by_interrupt() const noexcept { return interrupted_; }
     int64_t interrupted_at_ns() const noexcept { return interrupted_at_ns_; }
     const std::vector<Watch> & watches() const noexcept { return watches_; }
@@ -113,12 +137,16 @@ public:
     }
 
 private:
-    bool enough_cancelled() const noexcept {
+    bool cancelled(uint32_t rows_needed) const noexcept {
         uint32_t rows = 0;
         for (const Watch & watch : watches_) {
             rows += watch.cancelled() ? watch.rows : 0;
         }
-        return rows >= rows_needed_;
+        return rows >= rows_needed;
+    }
+
+    bool unwanted() const noexcept {
+        return std::all_of(ubatch_.begin(), ubatch_.end(), [](TokenState * token) { return token->poll(); });
     }
 
     bool interrupted() noexcept {
@@ -133,12 +161,16 @@ private:
     // What a poll reads comes first: the graph has pushed all of it out of the cache.
     bool stopped_ = false;
     bool interrupted_ = false;
+    bool stopped_inside_ = false;
+    uint32_t all_rows_ = 1;
     uint32_t rows_needed_ = 1;
+    uint32_t rows_needed_inside_ = 1;
     TokenState * only_ = nullptr;  // the token, where the call has a single one
     InterruptHook hook_ = nullptr;
     int64_t next_hook_ns_ = kNever;
     void * hook_arg_ = nullptr;
     int64_t interrupted_at_ns_ = 0;  // when the hook last returned
+    std::vector<TokenState *> ubatch_;
     std::vector<Watch> watches_;
 };
 
@@ -165,7 +197,7 @@ public:
     // The abort callback: true stops the graph. `data` is the slot.
     static bool trampoline(void * data) noexcept {
         Call * const call = static_cast<CallSlot *>(data)->call_.load(std::memory_order_acquire);
-        return call && call->should_stop();
+        return call && call->should_stop_inside();
     }
 
 private:

@@ -85,7 +85,7 @@ Chunk whole(const BatchView & batch) {
 
 }  // namespace
 
-Call shared_call(const BatchView & batch, const SequenceTokens & tokens, AbortWhen when) {
+Call shared_call(const BatchView & batch, const SequenceTokens & tokens, AbortWhen when, AbortAt at) {
     std::map<std::vector<llama_seq_id>, uint32_t> groups;  // rows that belong to the same sequences
     for (int32_t row = 0; row < batch.n_rows; ++row) {
         ++groups[std::vector<llama_seq_id>(batch.seqs_begin(row), batch.seqs_end(row))];
@@ -105,7 +105,7 @@ Call shared_call(const BatchView & batch, const SequenceTokens & tokens, AbortWh
             watches.push_back(std::move(watch));
         }
     }
-    return Call(std::move(watches), batch.n_rows, when);
+    return Call(std::move(watches), batch.n_rows, when, at);
 }
 
 // One call from its first ubatch to its report.
@@ -185,10 +185,17 @@ private:
                 return failed(Status::Full, "the context's memory has no room for the batch");
             }
             protect_outputs(chunk);
-            ++report_.n_ubatches;
+            call_.begin_ubatch(tokens_of(arrays.sequences()));
             const int32_t code = compute(arrays.batch());
             if (code == 2 && (call_.stopped() || exiting())) {
                 return stopped(true);
+            }
+            if (code == 2 && call_.stopped_inside()) {
+                repair(true);
+                if (any_dirty() || !box_.unusable().empty()) {
+                    return failed(Status::Failed, "a ubatch that was stopped could not be repaired");
+                }
+                continue;
             }
             if (code == 1) {
                 return failed(Status::Full, "the context's memory has no room for the batch");
@@ -205,13 +212,30 @@ private:
         finished();
     }
 
+    // Those who may want a ubatch, if it can be undone by itself.
+    std::vector<TokenState *> tokens_of(const std::vector<llama_seq_id> & seqs) const {
+        std::vector<TokenState *> tokens;
+        for (llama_seq_id seq : seqs) {
+            const auto token = tokens_.find(seq);
+            if (!keep_ || !box_.memory_.restorable() || token == tokens_.end()) {
+                return {};
+            }
+            tokens.push_back(token->second.get());
+        }
+        return tokens;
+    }
+
+    bool any_dirty() const {
+        return std::any_of(sequences_.begin(), sequences_.end(), [](const auto & entry) { return entry.second.dirty; });
+    }
+
     // With which llama.cpp computes so many rows.
     int n_threads(const Chunk & chunk) const {
         return chunk.rows.size() > 1 ? llama_n_threads_batch(box_.ctx_) : llama_n_threads(box_.ctx_);
     }
 
     int32_t compute(llama_batch batch) {
-        QuietLog quiet(call_.stopped());
+        QuietLog quiet(call_.stopped_inside());
         box_.stop_between(box_.cut_.pieces_at(batch.n_tokens, batch.pos[batch.n_tokens - 1] + 1));
         const int32_t code = encoding_ ? llama_encode(box_.ctx_, batch) : llama_decode(box_.ctx_, batch);
         llama_synchronize(box_.ctx_);
@@ -280,6 +304,7 @@ private:
     bool is_output(int32_t row) const { return encoding_ || box_.output_all_ || batch_.output[row] != 0; }
 
     void collect(const Chunk & chunk, const ChunkArrays & arrays) {
+        ++report_.n_ubatches;
         for (int32_t row : chunk.rows) {
             for (const int32_t * seq = batch_.seqs_begin(row); seq != batch_.seqs_end(row); ++seq) {
                 sequences_.at(*seq).end = batch_.pos[row] + 1;
@@ -399,7 +424,7 @@ private:
                 sequence.dirty = true;
             }
         }
-        report_.repair_seconds = seconds_since(start);
+        report_.repair_seconds += seconds_since(start);
     }
 
     void rolled_back() {

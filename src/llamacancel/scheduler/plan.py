@@ -107,7 +107,7 @@ class Outcome:
         lost: Sequences that hold nothing any more, because an action or a repair failed.
         fault: Why the step did nothing, if it did not.
         error: What it raised then.
-        aborted: The step was stopped early for those that were cancelled.
+        aborted: The step was stopped in the middle of what others wanted, for those that were cancelled.
         rows_done: Rows that were computed.
         seconds: How long that took.
     """

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Limits", "Pace", "Part", "grace", "loss", "parts_of", "place_of", "prompt_budget", "share", "whole_tiles"]
+__all__ = [
+    "Limits",
+    "Pace",
+    "Part",
+    "loss",
+    "parts_of",
+    "place_of",
+    "prompt_budget",
+    "share",
+    "stops_inside",
+    "whole_tiles",
+]
 
 _LEAST_ROWS = 64  # of a prompt in a step, however slow the machine is: fewer take nearly as long
 _SHORT_ROWS = 64  # a ubatch with fewer rows takes nearly as long as one with so many: all weights are read for it
@@ -13,8 +24,7 @@ _TILE_ROWS = 64  # attention takes so many rows of a sequence at a time (ggml's 
 _SCRAP_SHARE = 0.1  # so much shorter a step may be for that
 _ENOUGH = 1.25  # so much longer a step may be if all prompts are through with it
 _ALONE = 1.25  # steps may be so many times longer while nobody generates: only newcomers wait for their end
-_GO_ON_SECONDS = 0.05  # so long a step may go on for the others, after some of its rows were cancelled
-_SOON_SECONDS = 0.04  # a part that is expected to end in so long has most likely ended then
+_LONG_SECONDS = 0.25  # longer than that a cancelled request does not wait for the part of a step that others want
 _PATIENCE = 0.5  # seconds that stopped steps may cost the others at once
 _PATIENCE_SHARE = 0.1  # and of the time in the long run
 
@@ -216,37 +226,33 @@ def loss(parts: Sequence[Part], elapsed: float) -> float:
     The part that is being computed is begun anew, but the cancelled rows are not in it any more. Below 0 the others are
     done sooner than if the step went on.
     """
-    for part in parts:
-        if elapsed <= part.seconds:
-            return elapsed - part.saved
-        elapsed -= part.seconds
-    return elapsed + sum(part.seconds - part.saved for part in parts[-1:])
+    part, inside = _part_at(parts, elapsed)
+    return inside - part.saved
 
 
-def grace(pace: Pace, parts: Sequence[Part], elapsed: float) -> float | None:
-    """How long a step may still take, now that some of its rows were cancelled.
+def stops_inside(pace: Pace, parts: Sequence[Part], elapsed: float) -> bool:
+    """Whether a step is to be stopped in the middle of a part, now that some of its rows were cancelled.
 
-    It is stopped at once if that costs the others nothing. If it does, the step may end: soon, and if it is not going
-    to end soon, it is stopped, too, so that the slot is free and its client need not wait; but not before the part that
-    is being computed, if that one ends soon. A flood of cancels must not keep the others from getting on, so no more
-    than a tenth of the time is spent in this way.
+    It stops at the end of the part at the latest, which costs the others nothing. Before that, if they are done sooner
+    when it is begun anew without the cancelled rows. Or if it takes long yet, so that the slot is free and its client
+    need not wait: but a flood of cancels must not keep the others from getting on, so no more than a tenth of the time
+    is spent in this way. A part that nobody wants any more is none of our business: it stops by itself.
 
     Args:
         pace: The patience that there is.
         parts: What is computed at a time, in order.
         elapsed: Seconds since the step began.
-
-    Returns:
-        Seconds after which it is to be stopped: 0 for now; None for never.
     """
-    if loss(parts, elapsed) <= 0:
-        return 0.0
-    if pace.patience <= 0:
-        return None
-    left = end = 0.0
-    part_ends_soon = False
-    for part in parts:
-        begin, end = end, end + part.seconds
-        left += part.seconds - part.saved if begin > elapsed else max(end - elapsed, 0.0)
-        part_ends_soon |= 0 <= end - elapsed <= _SOON_SECONDS
-    return _GO_ON_SECONDS if left <= _GO_ON_SECONDS or part_ends_soon else 0.0
+    part, inside = _part_at(parts, elapsed)
+    if part.saved >= part.seconds:
+        return False
+    return inside <= part.saved or (part.seconds - inside > _LONG_SECONDS and pace.patience > 0)
+
+
+def _part_at(parts: Sequence[Part], elapsed: float) -> tuple[Part, float]:
+    """The part that is being computed, and since when; the last one if all should be done."""
+    for part in parts[:-1]:
+        if elapsed <= part.seconds:
+            return part, elapsed
+        elapsed -= part.seconds
+    return parts[-1], elapsed

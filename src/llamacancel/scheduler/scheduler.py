@@ -101,16 +101,14 @@ class Scheduler:
             self._finish(request, ending, now)
         return True
 
-    def grace(self, now: float) -> float | None:
-        """How long the step that is being computed may still take, now that some of its requests were cancelled.
-
-        Returns:
-            Seconds after which it is to be stopped, for the others to be run again: 0 for now. None if it may go on.
+    def stops_inside(self, now: float) -> bool:
+        """Whether the step that is being computed is to be stopped in the middle of a ubatch, now that some of its
+        requests were cancelled: for the others to be run again. It stops after this ubatch in any case.
         """
         plan = self.in_flight
         if plan is None or all(request.ending is None for request in plan.requests):
-            return None
-        return policy.grace(self.pace, self._parts(plan), now - plan.began)
+            return False
+        return policy.stops_inside(self.pace, self._parts(plan), now - plan.began)
 
     def _parts(self, plan: Plan) -> list[policy.Part]:
         if not plan.embed:
