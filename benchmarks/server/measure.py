@@ -146,9 +146,10 @@ def _load(
             name = list(servers)[i]
             try:
                 servers[name].check()
-                before = _engine_seconds(servers[name])
+                began, before = time.time(), _engine_seconds(servers[name])
                 round_ = _send(settings, servers[name], clients, requests)
                 round_["engine"] = _difference(before, _engine_seconds(servers[name]))
+                round_["freed"] = _cancel_latencies(servers[name], began)
             except (WorkerFailed, ServerFailed, OSError) as error:
                 failures.append(f"{name}, {clients} clients: {error}")
                 continue
@@ -227,6 +228,7 @@ def _summed_up(
         "failed": len(errors),
         "wrong_length": short,
         "engine": {key: sum(part[key] for part in engine) for key in engine[0]} if engine else None,
+        "freed": distribution([seconds for round_ in rounds for seconds in round_["freed"]]),
     }
 
 
@@ -261,6 +263,16 @@ def _difference(before: dict[str, float] | None, after: dict[str, float] | None)
     if before is None or after is None:
         return None
     return {name: after[name] - before[name] for name in before}
+
+
+def _cancel_latencies(server: Server, since: float) -> list[float]:
+    """Of the requests that were cancelled since then: seconds from noticing that to the slot being free, as our server
+    tells them; none for another."""
+    if server.kind.view != "llamacancel":
+        return []
+    recent = server.get("/slots")["recent"]
+    return [view["cancel_latency"] for view in recent if view["cancel_latency"] is not None
+            and view["finished_at"] >= since]  # fmt: skip
 
 
 def freed(

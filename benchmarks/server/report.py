@@ -108,7 +108,9 @@ def load_section(rows: list[Results]) -> str:
         "chosen greedily, streamed. Each client sends its next request when it has its answer. The servers took turns "
         "within each round, with the same prompts; a ratio is the median over the rounds of the ratio within a round. "
         "Tokens are those of answers that reached a client who stayed. Where clients hang up, every third request is "
-        "given up at a moment drawn evenly from what a request takes, the same on each server."
+        "given up at a moment drawn evenly from what a request takes, the same on each server. *Slot free*: from our "
+        "server's noticing a hang-up to the slot being free, beside whatever the neighbours were doing, or to the "
+        "request being out of the queue."
     )
     cells = []
     for row in rows:
@@ -123,12 +125,13 @@ def load_section(rows: list[Results]) -> str:
                     f"{of['throughput_median']:.1f}",
                     milliseconds(ttft["median"]) if ttft else "-",
                     milliseconds(ttft["p99"]) if ttft else "-",
+                    *_times(of["freed"]),
                     ratio_text(ratios["throughput"]) if ratios else "",
                     f"{ratios['ttft_p99']:.2f}" if ratios else "",
                     str(of["failed"] + of["wrong_length"]),
                 ]
             )
-    head = ["Clients", "Hang-ups", "Server", "Tokens/s", "First token, median", "99 %",
+    head = ["Clients", "Hang-ups", "Server", "Tokens/s", "First token, median", "99 %", "Slot free, median", "99 %",
             "Throughput, ours / its", "First token 99 %, ours / its", "Failed"]  # fmt: skip
     return f"{text}\n\n{table(head, cells)}"
 

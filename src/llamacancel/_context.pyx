@@ -266,9 +266,10 @@ cdef class Context:
             abort_when: With tokens of sequences, when the whole call is to stop: when "all" of its rows are
                 cancelled, a "majority", or "any". Until then the call goes on for the others, without the
                 cancelled rows.
-            abort_at: Where it stops then, if some of its rows are still wanted: at the next "node" of the graph, so that
-                the ubatch that is being computed is lost, or after this "ubatch". With "keep" a ubatch whose rows
-                are all cancelled stops at once, also where the call goes on for the others.
+            abort_at: Where a call that keeps stops then, if some of its rows are still wanted: at the next "node" of the
+                graph, so that the ubatch that is being computed is lost, or after this "ubatch"; after the last one the
+                call is through. A ubatch whose rows are all cancelled stops at once, also where a call that keeps
+                goes on for the others.
 
         Returns:
             A `DecodeResult`; `logits()` and `embeddings()` give the outputs.
@@ -314,7 +315,7 @@ cdef class Context:
                 if not isinstance(each, CancelToken):
                     raise TypeError(f"the token of sequence {seq_id} must be a CancelToken, not {type(each).__name__}")
                 tokens[_params.integer("a sequence id", seq_id, -2**31, 2**31 - 1)] = state_of(each)
-            call = shared_call(view.batch, tokens, when, where)
+            call = shared_call(view.batch, tokens, when, where if keep == OnCancel.Keep else AbortAt.Node)
         else:
             call = Call(state_of(token))
         cdef Interrupt interrupt = watch_signals(call)

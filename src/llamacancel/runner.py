@@ -174,8 +174,9 @@ class Runner:
         tokens = {rows.slot: self.works[rows.request.id].token_until(self.stop) for rows in planned}
         began = time.perf_counter()
         try:
+            when = "all" if plan.whole else "any"
             result = self._compute(
-                self.context, self._batch, tokens, on_cancel="keep", abort_when="any", abort_at="ubatch"
+                self.context, self._batch, tokens, on_cancel="keep", abort_when=when, abort_at="ubatch"
             )
         except DecodeCancelled as error:
             told, outcome.rows_done = error.sequences, error.rows_done

@@ -52,6 +52,7 @@ def test_every_answer_has_its_length(report: dict[str, Any]) -> None:
         assert ours["hung_up"] == 0 or row["hang_ups"]
         assert len(ours["throughput"]) == 1
         assert {"median", "p99"} <= ours["ttft"].keys()
+        assert (ours["freed"] or {"n": 0})["n"] <= ours["hung_up"]
 
 
 def test_a_slot_is_seen_to_be_free_after_a_hang_up_in_each_phase(report: dict[str, Any]) -> None:

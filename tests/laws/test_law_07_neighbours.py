@@ -380,18 +380,53 @@ def test_a_call_that_stops_after_a_ubatch_loses_nothing_that_somebody_wants(arch
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_call_that_stops_after_a_ubatch_is_rolled_back_as_a_whole_unless_it_keeps(arch: str, pair: Pair) -> None:
+def test_a_call_that_keeps_nothing_waits_for_no_ubatch(arch: str, pair: Pair) -> None:
     context, twin = pair(arch)
     rows = woven((tokens(20, 3), 20, 0), (tokens(20, 4), 21, 1))
     _past(context)
     _past(twin)
     token = lc.CancelToken()
-    with in_the_middle(token.cancel):
+    with in_the_middle(token.cancel) as clock:
         error = cancelled(context, rows, {0: lc.CancelToken(), 1: token}, abort_when="any", abort_at="ubatch")
     assert error is not None
+    assert clock.readings - 40 < FEW
     assert (error.survivors, error.rows_done) == ([0], 0)
     assert holds(context) == holds(twin)
     assert same_bits(decode(context, rows), decode(twin, rows))
+
+
+@pytest.mark.parametrize("arch", SHARING)
+def test_a_call_that_finds_no_room_behind_a_ubatch_that_was_stopped_is_rolled_back_to_the_bit(
+    arch: str, pair: Pair
+) -> None:
+    context, twin = pair(arch, n_ctx=256)
+    for each in (context, twin):
+        _past(each)
+        each.decode(batch((tokens(120, 9), 22, 2), logits="last"))
+    rows = batch((tokens(8, 3), 21, 1), (tokens(120, 4), 20, 0), logits="last")
+    token = lc.CancelToken()
+    with in_the_middle(token.cancel), pytest.raises(lc.MemoryFullError):
+        context.decode(rows, {0: lc.CancelToken(), 1: token}, on_cancel="keep")
+    assert token.cancelled
+    assert holds(context) == holds(twin)
+    assert same_bits(one_more(context), one_more(twin))
+    again = batch((tokens(8, 3), 22, 1), (tokens(9, 4), 21, 0))
+    assert same_bits(decode(context, again), decode(twin, again))
+
+
+def test_texts_that_are_computed_in_one_piece_stop_with_the_last_of_them(new_context: NewContext) -> None:
+    params: dict[str, Any] = {"n_ubatch": None, "n_seq_max": 2, "embeddings": True, "pooling": "mean"}
+    context, alone = (new_context("embedding", **params) for _ in range(2))
+    rows = batch((tokens(30, 1), 0, 0), (tokens(30, 2), 0, 1))
+    given = [lc.CancelToken() for _ in range(2)]
+    with in_the_middle(lambda: [token.cancel() for token in given], at=10) as clock:
+        error = cancelled(context, rows, dict(enumerate(given)), on_cancel="keep")
+    assert error is not None
+    assert (clock.readings - 10 < FEW, error.rows_done) == (True, 0)
+    context.decode(rows, dict(enumerate(lc.CancelToken() for _ in range(2))), on_cancel="keep")
+    alone.decode(rows)
+    for seq in range(2):
+        assert same_bits(context.pooled_embeddings(seq), alone.pooled_embeddings(seq))
 
 
 # ---- stopped and run again -------------------------------------------------------------------------------------

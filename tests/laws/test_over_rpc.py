@@ -119,8 +119,11 @@ def test_what_was_completed_can_be_kept_and_gone_on_from(arch: str, place: str, 
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
-def test_neighbours_of_a_cancelled_sequence_keep_their_results(arch: str, new_context: NewContext) -> None:
-    on_a_device.test_neighbours_of_a_cancelled_sequence_keep_their_results(arch, new_context)
+@pytest.mark.parametrize("on_cancel", ["rollback", "keep"])
+def test_neighbours_of_a_cancelled_sequence_keep_their_results(
+    arch: str, on_cancel: str, new_context: NewContext
+) -> None:
+    on_a_device.test_neighbours_of_a_cancelled_sequence_keep_their_results(arch, on_cancel, new_context)
 
 
 @spread_a_little

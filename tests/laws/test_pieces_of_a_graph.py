@@ -88,15 +88,19 @@ def test_what_was_completed_can_be_kept_and_gone_on_from(arch: str, new_context:
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
-def test_neighbours_of_a_cancelled_sequence_keep_their_results(arch: str, new_context: NewContext) -> None:
+@pytest.mark.parametrize("on_cancel", ["rollback", "keep"])
+def test_neighbours_of_a_cancelled_sequence_keep_their_results(
+    arch: str, on_cancel: str, new_context: NewContext
+) -> None:
     alone = device(new_context, arch, 5)
     wanted = decode(alone, batch((tokens(60, seed=4), 30, 1)))[-1]
     for k in moments(device(new_context, arch, 5))[:: MOST // 5]:
         context = device(new_context, arch, 5)
         bob = lc.CancelToken()
         with deadline_at(k):
-            result = context.decode(ROWS, {0: lc.CancelToken(timeout=FAR), 1: bob})
+            result = context.decode(ROWS, {0: lc.CancelToken(timeout=FAR), 1: bob}, on_cancel=on_cancel)
         assert 1 in result.survivors
+        assert context.memory.pos_max(0) + 1 == result.sequences[0].end
         assert result.sequences[1].state == "completed"
         survivor = context.logits(len(ROWS) - 1)
         assert np.sqrt(np.mean((survivor - wanted) ** 2)) < 0.5

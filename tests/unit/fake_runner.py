@@ -133,7 +133,8 @@ class FakeRunner:
         if free is not None and free < sum(rows.count for rows in planned):
             outcome.fault, outcome.error = Fault.FULL, MemoryFullError("there is no room")
             return
-        stop_at = self.random.randrange(len(planned)) if self._chance(self.chances.stopped) else None
+        stopped = not plan.whole and self._chance(self.chances.stopped)
+        stop_at = self.random.randrange(len(planned)) if stopped else None
         outcome.aborted = stop_at is not None
         for i, rows in enumerate(planned):
             held = self.cells.setdefault(rows.slot, [])

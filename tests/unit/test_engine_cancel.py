@@ -10,6 +10,7 @@ import pytest
 
 import llamacancel as lc
 from llamacancel.scheduler import Plan
+from tests.laws.clock import in_the_middle
 from tests.unit.engines import (
     GENERATIVE,
     Gate,
@@ -168,6 +169,39 @@ def test_a_step_stops_for_a_cancel_and_who_waits_for_the_slot_joins_those_who_st
     assert victim.finish_reason == "cancelled"
     assert plans[0] == [(victim.id, 0), (other.id, 0)]
     assert sorted(plans[1]) == sorted([(other.id, 0), (waiting.id, 0)]), "it was stopped before its first row"
+
+
+@pytest.mark.parametrize("arch", GENERATIVE)
+def test_what_others_want_of_a_ubatch_is_computed_before_the_step_stops_for_a_cancel(arch: str) -> None:
+    prompt, starts = ids(300, 1), []
+    with engine(arch, slots=2, n_ubatch=8, step_seconds=None) as e:
+        runner = e._core.runner
+        compute = runner._compute
+
+        def look(*args: Any, **how: Any) -> Any:
+            plan = e._core.scheduler.in_flight
+            assert plan is not None
+            starts.append({rows.request.id: rows.start for rows in plan.rows})
+            if len(starts) > 1:
+                return compute(*args, **how)
+            with in_the_middle(victim.cancel, at=60) as clock:
+                try:
+                    return compute(*args, **how)
+                finally:
+                    assert clock.stopped
+
+        runner._compute = look  # type: ignore[method-assign]
+        with e._core._lock:  # so that one step has both
+            other = e.submit(prompt, max_tokens=3, sampler=greedy(), logprobs=2, timeout=1000)
+            victim = e.submit(ids(40, 2), max_tokens=1, timeout=1000)
+        other.result(60)
+        assert victim.wait(60)
+        assert not runner.stop.cancelled
+    assert same_answer(arch, other, answer(arch, prompt, 3))
+    assert (victim.finish_reason, victim.tokens) == ("cancelled", ())
+    assert starts[0] == {other.id: 0, victim.id: 0}
+    assert starts[1].keys() == {other.id}
+    assert 0 < starts[1][other.id] <= 8
 
 
 @pytest.mark.parametrize("patience", [1.0, 0.0])

@@ -307,8 +307,14 @@ def test_a_part_is_begun_anew_where_the_others_are_done_sooner_without_the_cance
 
 def test_a_part_that_nobody_wants_is_left_to_stop_by_itself() -> None:
     pace = known_pace()
-    parts = policy.parts_of(pace, 512, [(1, False), (400, True), (60, False)], by_sequence=True)
+    parts = policy.parts_of(pace, 512, [(1, False), (200, True), (60, False)], by_sequence=True)
     assert not policy.stops_inside(pace, parts, 0.1)
+    bench = Bench(slots=2)
+    bench.submit("alone", prompt(10))
+    assert bench.scheduler.plan(0.0)
+    bench.scheduler.pace.row_seconds = 1.0
+    assert bench.scheduler.cancel("alone", "cancelled", 0.0)
+    assert not bench.scheduler.stops_inside(0.0)
 
 
 def test_what_was_computed_before_the_last_ubatch_is_not_lost_and_rows_after_it_are_not_computed() -> None:
@@ -348,6 +354,32 @@ def test_stops_cost_the_others_no_more_than_a_tenth_of_the_time() -> None:
     for _ in range(100):
         pace.observe(100, 0, 0.1)
     assert policy.stops_inside(pace, parts, 0.1)
+
+
+def test_a_flood_of_cancels_passes_over_nobody_more_than_twice_in_a_row() -> None:
+    rules = MemoryRules(cut=True, in_order=True, by_sequence=True)
+    bench = Bench(rules, slots=3, n_ubatch=8, n_batch=128, step_seconds=None)
+    crowd = [bench.submit(f"crowd{i}", prompt(40, i)) for i in range(2)]
+    talkative = next(text for seed in range(100, 200) if len(answer(text := prompt(20, seed), 30, 5000)) == 30)
+    stayed = bench.submit("stayed", talkative, max_tokens=30)  # in the last slot: its rows come last
+    waited = held = 0
+    for turn in range(200):
+        plan = bench.scheduler.plan(bench.now)
+        assert bench.scheduler.cancel(crowd[turn % 2].id, "cancelled", bench.now)
+        bench.scheduler.pace.row_seconds = 1.0
+        assert not (plan.whole and bench.scheduler.stops_inside(bench.now))
+        if plan.whole:
+            outcome = bench.runner.run(plan)
+        else:  # it was stopped before its first row
+            bench.runner.run(Plan(actions=plan.actions))
+            outcome = Outcome(held={rows.slot: rows.start for rows in plan.rows})
+        bench.now += 0.01
+        bench.scheduler.commit(outcome, bench.now)
+        crowd[turn % 2] = bench.submit(f"crowd{turn + 2}", prompt(40, turn + 2), max_tokens=5)
+        waited = 0 if stayed.held > held or stayed.state == "finished" else waited + 1
+        held = stayed.held
+        assert waited <= 2
+    assert stayed.state == "finished"
 
 
 def test_nothing_is_to_be_stopped_where_nobody_in_the_step_was_cancelled() -> None:

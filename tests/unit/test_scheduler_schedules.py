@@ -17,10 +17,10 @@ from tests.unit.fake_runner import Chances, FakeRunner, answer
 KINDS = {
     "attention": MemoryRules(cut=True, copy="part", cells=64),
     "roomy attention": MemoryRules(cut=True, copy="part", cells=400),
-    "attention of each its own": MemoryRules(cut=True, least_copy=4, in_order=True),
+    "attention of each its own": MemoryRules(cut=True, least_copy=4, in_order=True, by_sequence=True),
     "sliding window": MemoryRules(cut=False, window=8, copy="part", checkpoints=3, cells=120),
-    "recurrent": MemoryRules(cut=False, copy="whole", checkpoints=2),
-    "hybrid": MemoryRules(cut=False, copy="whole", checkpoints=3, cells=100),
+    "recurrent": MemoryRules(cut=False, copy="whole", checkpoints=2, by_sequence=True),
+    "hybrid": MemoryRules(cut=False, copy="whole", checkpoints=3, cells=100, by_sequence=True),
     "other": MemoryRules(cut=False, copy="nothing"),
 }
 N_CTX = 48

@@ -114,7 +114,7 @@ struct DecodeReport {
     std::string message;
     std::vector<SequenceResult> sequences;
     int32_t rows_done = 0;      // rows that the context holds now
-    int32_t n_ubatches = 0;     // computed, the one that was stopped included
+    int32_t n_ubatches = 0;     // that were computed to their ends
     size_t snapshot_bytes = 0;  // saved for the rollback
     double repair_seconds = 0;
     double seconds = 0;

@@ -168,9 +168,9 @@ private:
     TokenState * only_ = nullptr;  // the token, where the call has a single one
     InterruptHook hook_ = nullptr;
     int64_t next_hook_ns_ = kNever;
+    std::vector<TokenState *> ubatch_;  // who may want the ubatch that is being computed
     void * hook_arg_ = nullptr;
     int64_t interrupted_at_ns_ = 0;  // when the hook last returned
-    std::vector<TokenState *> ubatch_;
     std::vector<Watch> watches_;
 };
 

@@ -192,8 +192,9 @@ private:
             }
             if (code == 2 && call_.stopped_inside()) {
                 repair(true);
-                if (any_dirty() || !box_.unusable().empty()) {
-                    return failed(Status::Failed, "a ubatch that was stopped could not be repaired");
+                const std::string why = box_.unusable();
+                if (any_dirty() || !why.empty()) {
+                    return failed(Status::Failed, why.empty() ? "a stopped ubatch could not be repaired" : why);
                 }
                 continue;
             }
@@ -215,9 +216,13 @@ private:
     // Those who may want a ubatch, if it can be undone by itself.
     std::vector<TokenState *> tokens_of(const std::vector<llama_seq_id> & seqs) const {
         std::vector<TokenState *> tokens;
+        if (!keep_ || encoding_ || !box_.memory_.restorable()) {
+            return tokens;
+        }
+        tokens.reserve(seqs.size());
         for (llama_seq_id seq : seqs) {
             const auto token = tokens_.find(seq);
-            if (!keep_ || !box_.memory_.restorable() || token == tokens_.end()) {
+            if (token == tokens_.end()) {
                 return {};
             }
             tokens.push_back(token->second.get());

@@ -59,6 +59,7 @@ class Plan:
         embed: Requests to embed; a plan has rows or these.
         n_prompt_rows: Rows that a prompt has more than one of in this step.
         n_other_rows: Single rows: of running generations, and the last one of a prompt.
+        whole: It is not stopped for those who leave: somebody in it was passed over too often.
         began: When it was made, in seconds.
     """
 
@@ -67,6 +68,7 @@ class Plan:
     embed: list[Request] = field(default_factory=list)
     n_prompt_rows: int = 0
     n_other_rows: int = 0
+    whole: bool = False
     began: float = 0.0
 
     @property

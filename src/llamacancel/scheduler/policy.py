@@ -10,6 +10,7 @@ __all__ = [
     "Pace",
     "Part",
     "loss",
+    "must_be_whole",
     "parts_of",
     "place_of",
     "prompt_budget",
@@ -25,6 +26,7 @@ _SCRAP_SHARE = 0.1  # so much shorter a step may be for that
 _ENOUGH = 1.25  # so much longer a step may be if all prompts are through with it
 _ALONE = 1.25  # steps may be so many times longer while nobody generates: only newcomers wait for their end
 _LONG_SECONDS = 0.25  # longer than that a cancelled request does not wait for the part of a step that others want
+_PASSED_OVER = 2  # so often in a row a step may be stopped before it comes to somebody's rows
 _PATIENCE = 0.5  # seconds that stopped steps may cost the others at once
 _PATIENCE_SHARE = 0.1  # and of the time in the long run
 
@@ -233,10 +235,10 @@ def loss(parts: Sequence[Part], elapsed: float) -> float:
 def stops_inside(pace: Pace, parts: Sequence[Part], elapsed: float) -> bool:
     """Whether a step is to be stopped in the middle of a part, now that some of its rows were cancelled.
 
-    It stops at the end of the part at the latest, which costs the others nothing. Before that, if they are done sooner
-    when it is begun anew without the cancelled rows. Or if it takes long yet, so that the slot is free and its client
-    need not wait: but a flood of cancels must not keep the others from getting on, so no more than a tenth of the time
-    is spent in this way. A part that nobody wants any more is none of our business: it stops by itself.
+    It stops at the end of the part in any case, which loses nothing that was computed. Before that, if the others are
+    done sooner when the part is begun anew without the cancelled rows. Or if it takes long yet, so that the slot is
+    free and its client need not wait: on that no more than a tenth of the time is spent. A part that nobody wants any
+    more stops by itself.
 
     Args:
         pace: The patience that there is.
@@ -244,9 +246,14 @@ def stops_inside(pace: Pace, parts: Sequence[Part], elapsed: float) -> bool:
         elapsed: Seconds since the step began.
     """
     part, inside = _part_at(parts, elapsed)
-    if part.saved >= part.seconds:
-        return False
-    return inside <= part.saved or (part.seconds - inside > _LONG_SECONDS and pace.patience > 0)
+    if inside <= part.saved < part.seconds:
+        return True
+    return part.seconds - inside > _LONG_SECONDS and pace.patience > 0
+
+
+def must_be_whole(passed_over: int) -> bool:
+    """Whether a step is to come to the rows of a request, whoever leaves: a flood of cancels must not hold it up."""
+    return passed_over >= _PASSED_OVER
 
 
 def _part_at(parts: Sequence[Part], elapsed: float) -> tuple[Part, float]:

@@ -26,8 +26,8 @@ class MemoryRules:
         checkpoints: Sequence ids beyond the slots, for states that are kept to be gone back to.
         cells: Cells that the sequences share; None if each has its own.
         in_order: Rows are computed together only where the ids of their sequences follow on one another.
-        by_sequence: The rows of a prompt are computed by themselves, those of several single rows together. False: all
-            rows of a step in their order.
+        by_sequence: As a rule the rows of a prompt are computed by themselves, and the single rows of several
+            sequences together. False: all rows of a step in their order.
     """
 
     cut: bool = True

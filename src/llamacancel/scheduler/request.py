@@ -29,6 +29,7 @@ class Request:
         turn: Prompt rows that it may still have before it goes to the end of that line.
         checkpoints: Lengths at which its state is to be kept for others, the last one first.
         waits_for_memory: The last plan left it out because there were no cells for it.
+        passed_over: Steps in a row that were stopped before they came to its rows.
         suspect: It was in a step that failed, and is run alone until that is cleared up.
         ending: How it is to end once the step that it is in is over.
     """
@@ -49,6 +50,7 @@ class Request:
     turn: int = 0
     checkpoints: list[int] = field(default_factory=list)
     waits_for_memory: bool = False
+    passed_over: int = 0
     suspect: bool = False
     preemptions: int = 0
     ending: FinishReason | None = None

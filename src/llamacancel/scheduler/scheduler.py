@@ -103,10 +103,11 @@ class Scheduler:
 
     def stops_inside(self, now: float) -> bool:
         """Whether the step that is being computed is to be stopped in the middle of a ubatch, now that some of its
-        requests were cancelled: for the others to be run again. It stops after this ubatch in any case.
+        requests were cancelled: for the others to be run again. It stops after this ubatch in any case, unless it is to
+        be whole, or a batch of embeddings. One that nobody wants any more stops by itself.
         """
         plan = self.in_flight
-        if plan is None or all(request.ending is None for request in plan.requests):
+        if plan is None or plan.whole or len({request.ending is None for request in plan.requests}) < 2:
             return False
         return policy.stops_inside(self.pace, self._parts(plan), now - plan.began)
 
@@ -208,6 +209,7 @@ class Scheduler:
         plan.actions, self._actions = self._actions, []
         if plan:
             self.in_flight = plan
+        plan.whole = any(policy.must_be_whole(rows.request.passed_over) for rows in plan.rows)
         self._embedded_last = bool(plan.embed)
         return plan
 
@@ -491,9 +493,12 @@ class Scheduler:
             request.turn -= held - request.held
             request.held = seq.held = held
             seq.peak = max(seq.peak, held)
+            request.passed_over = 0
             if request.turn <= 0:
                 request.turn = self.limits.quantum
                 request.place = policy.place_of(self.limits, request.priority, now)
+        else:
+            request.passed_over += 1
         if request.checkpoints and request.checkpoints[-1] == held:
             self._keep_checkpoint(request, now)
         request.suspect = False
