@@ -107,7 +107,10 @@ class Scheduler:
         be whole, or a batch of embeddings. One that nobody wants any more stops by itself.
         """
         plan = self.in_flight
-        if plan is None or plan.whole or len({request.ending is None for request in plan.requests}) < 2:
+        if plan is None or plan.whole:
+            return False
+        gone = [request.ending is not None for request in plan.requests]
+        if all(gone) or not any(gone):
             return False
         return policy.stops_inside(self.pace, self._parts(plan), now - plan.began)
 
