@@ -146,10 +146,11 @@ def _load(
             name = list(servers)[i]
             try:
                 servers[name].check()
-                began, before = time.time(), _engine_seconds(servers[name])
+                began, before = time.time(), _page(servers[name])
                 round_ = _send(settings, servers[name], clients, requests)
-                round_["engine"] = _difference(before, _engine_seconds(servers[name]))
-                round_["freed"] = _cancel_latencies(servers[name], began)
+                after = _page(servers[name])
+                round_["engine"] = _engine_seconds(before, after) if before and after else None
+                round_["freed"] = _cancel_latencies(after, began) if after else []
             except (WorkerFailed, ServerFailed, OSError) as error:
                 failures.append(f"{name}, {clients} clients: {error}")
                 continue
@@ -251,27 +252,19 @@ def _ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 _TIMES = ("steps", "schedule_seconds", "run_seconds", "commit_seconds", "decode_seconds")
 
 
-def _engine_seconds(server: Server) -> dict[str, float] | None:
-    """What our server says of its steps; None for another."""
-    if server.kind.view != "llamacancel":
-        return None
-    found = server.get("/slots")
-    return {name: float(found[name]) for name in _TIMES}
+def _page(server: Server) -> dict[str, Any] | None:
+    """What our server says of itself; None for another."""
+    return dict(server.get("/slots")) if server.kind.view == "llamacancel" else None
 
 
-def _difference(before: dict[str, float] | None, after: dict[str, float] | None) -> dict[str, float] | None:
-    if before is None or after is None:
-        return None
-    return {name: after[name] - before[name] for name in before}
+def _engine_seconds(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """What its steps took between the two."""
+    return {name: float(after[name]) - float(before[name]) for name in _TIMES}
 
 
-def _cancel_latencies(server: Server, since: float) -> list[float]:
-    """Of the requests that were cancelled since then: seconds from noticing that to the slot being free, as our server
-    tells them; none for another."""
-    if server.kind.view != "llamacancel":
-        return []
-    recent = server.get("/slots")["recent"]
-    return [view["cancel_latency"] for view in recent if view["cancel_latency"] is not None
+def _cancel_latencies(page: dict[str, Any], since: float) -> list[float]:
+    """Of the requests that were cancelled since then: seconds from noticing that to the slot being free."""
+    return [view["cancel_latency"] for view in page["recent"] if view["cancel_latency"] is not None
             and view["finished_at"] >= since]  # fmt: skip
 
 

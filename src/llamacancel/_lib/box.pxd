@@ -26,15 +26,9 @@ cdef extern from "call.hpp" namespace "llamacancel" nogil:
         Node
         Ubatch
 
-    struct Watch "llamacancel::Call::Watch":
-        shared_ptr[TokenState] token
-        uint32_t rows
-        vector[shared_ptr[TokenState]] also
-
     cppclass Call:
         Call() noexcept
         Call(shared_ptr[TokenState] token) except +
-        Call(vector[Watch] watches, uint32_t rows, AbortWhen when, AbortAt at) except +
         void set_interrupt(bool (*hook)(void *) noexcept, void * arg) noexcept
         bool should_stop() noexcept
         bool stopped_by_interrupt() noexcept
