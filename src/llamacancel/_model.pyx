@@ -253,14 +253,15 @@ cdef class Model:
     cdef int _check_tokens(self, values) except -1:
         cdef int32_t n = llama_vocab_n_tokens(self._vocab())
         if values.size and not (0 <= values.min() and values.max() < n):
-            wrong = values[(values < 0) | (values >= n)][0]
-            raise ValueError(f"token {wrong} is outside of the vocabulary (0 to {n - 1})")
+            raise _outside(values[(values < 0) | (values >= n)][0], n)
         return 0
 
     cdef llama_token _check_token(self, token) except -1:
         self._check_open()
         value = _params.integer("token", token, -2**63, 2**63 - 1)
-        self._check_tokens(np.asarray([value]))
+        cdef int32_t n = llama_vocab_n_tokens(self._vocab())
+        if not 0 <= value < n:
+            raise _outside(value, n)
         return value
 
     def is_eog(self, token):
@@ -490,6 +491,11 @@ cdef _read(llama_model * model, int32_t i, _Reader reader):
         buffer.resize(n + 1)
         n = reader(model, i, buffer.data(), buffer.size())
     return buffer.data()[:max(n, 0)].decode("utf-8", "replace")
+
+
+cdef _outside(token, int32_t n):
+    """What is wrong with a token that the vocabulary of `n` tokens does not have."""
+    return ValueError(f"token {token} is outside of the vocabulary (0 to {n - 1})")
 
 
 cdef _token_or_none(llama_token token):

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -246,7 +247,7 @@ Status guarded(Call & call, std::string & message, const Work & work) {
 
 void sample(Draw & draw, int32_t n_vocab) {
     draw.status = guarded(draw.call, draw.message, [&] {
-        std::vector<llama_token_data> candidates(n_vocab);
+        const std::unique_ptr<llama_token_data[]> candidates(new llama_token_data[n_vocab]);  // not zeroed first
         bool numbers = true;
         for (llama_token id = 0; id < n_vocab; ++id) {
             candidates[id] = {id, draw.logits[id], 0.0f};
@@ -255,7 +256,7 @@ void sample(Draw & draw, int32_t n_vocab) {
         if (!numbers) {
             throw std::runtime_error("the logits are not numbers: there are NaNs or infinities among them");
         }
-        llama_token_data_array array = {candidates.data(), candidates.size(), -1, false};
+        llama_token_data_array array = {candidates.get(), static_cast<size_t>(n_vocab), -1, false};
         llama_sampler_apply(draw.chain, &array);
         if (array.selected < 0 || array.selected >= static_cast<int64_t>(array.size)) {
             throw std::runtime_error("the sampler selected no token");
