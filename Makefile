@@ -70,7 +70,7 @@ $(VENV)/.tools: pyproject.toml
 lint: build     ## what a reviewer's tools would say
 	$(PY) -m pip install --quiet ruff cython-lint
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/cython-lint --max-line-length 120 src/llamacancel/*.pyx
+	PATH="$(VENV)/bin:$$PATH" cython-lint --max-line-length 120 src/llamacancel/*.pyx
 	$(PY) -m mypy
 
 clean:          ## remove everything that was built, and the environment

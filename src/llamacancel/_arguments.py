@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-__all__ = ["count", "port", "seconds", "whole"]
+__all__ = ["count", "interval", "port", "seconds", "whole"]
 
 
 def whole(text: str) -> int:
@@ -21,6 +21,14 @@ def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def interval(text: str) -> float:
+    """A number of seconds from 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds from 0")
     return value
 
 

@@ -266,9 +266,9 @@ cdef class Context:
             abort_when: With tokens of sequences, when the whole call is to stop: when "all" of its rows are
                 cancelled, a "majority", or "any". Until then the call goes on for the others, without the
                 cancelled rows.
-            abort_at: Where a call that keeps stops then, if some of its rows are still wanted: at the next "node" of the
-                graph, so that the ubatch that is being computed is lost, or after this "ubatch"; after the last one the
-                call is through. A ubatch whose rows are all cancelled stops at once, also where a call that keeps
+            abort_at: Where a call that keeps stops then, if some of its rows are still wanted: at the next "node" of
+                the graph, so that the ubatch that is being computed is lost, or after this "ubatch"; after the last
+                one the call is through. A ubatch whose rows are all cancelled stops at once, also where a call that keeps
                 goes on for the others.
 
         Returns:

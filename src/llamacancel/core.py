@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import time
 import weakref
@@ -29,11 +30,13 @@ class Core:
         scheduler: Decides.
         runner: Computes.
         history: Finished requests to remember.
+        stream_interval: Seconds within which readers are told once of what short steps have brought.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, history: int) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, history: int, stream_interval: float) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self.stream_interval = stream_interval
         self.works = runner.works
         self.token = CancelToken()
         self.closing = False
@@ -45,6 +48,8 @@ class Core:
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
         self._news: deque[tuple[Work, RequestView | None]] = deque()
+        self._unread: dict[Work, None] = {}  # have text of which their readers are not told yet
+        self._told_at = -math.inf  # when readers were last told of text
         self._telling = threading.Lock()
         self._thread = threading.Thread(target=self._main, name="llamacancel-engine", daemon=True)
 
@@ -71,8 +76,11 @@ class Core:
                 began = time.perf_counter()
                 if self.runner.stop.cancelled:
                     self.runner.stop = CancelToken()
-                plan = self.scheduler.plan(time.monotonic())
+                now = time.monotonic()
+                plan = self.scheduler.plan(now)
                 self._take_changes()
+                if self._unread and self._readers_are_due(plan, now):
+                    self._take_unread(now)
                 self.schedule_seconds += time.perf_counter() - began
                 if plan:
                     break
@@ -109,8 +117,10 @@ class Core:
             self._take_changes()
             for slot in outcome.sampled:
                 request = self.scheduler.active.get(slot)
-                if request is not None and self.works[request.id]._notify:
-                    self._news.append((self.works[request.id], None))
+                if request is not None and (work := self.works[request.id]).has_readers:
+                    self._unread[work] = None
+                    if request.n_generated == 1:
+                        self._told_at = -math.inf  # nobody waits for the first text
         self.commit_seconds += time.perf_counter() - began
 
     def _fail(self, error: BaseException) -> None:
@@ -256,12 +266,26 @@ class Core:
             work._end(now)
             view = work.view()
             self._recent.append(view)
+            self._unread.pop(work, None)
             del self.works[request.id]
         elif not self.listeners:
             return
         else:
             view = work.view()
         self._news.append((work, view))
+
+    def _readers_are_due(self, plan: Plan, now: float) -> bool:
+        """Whether readers are told of new text before this step: its end may come later than they are to wait.
+
+        A wake-up takes a part of a millisecond, which a fast model's steps would be made longer by, each of them.
+        """
+        is_short = plan.rows and not plan.n_prompt_rows
+        return not is_short or now + self.scheduler.pace.step_seconds >= self._told_at + self.stream_interval
+
+    def _take_unread(self, now: float) -> None:
+        self._news.extend((work, None) for work in self._unread)
+        self._unread.clear()
+        self._told_at = now
 
     def _tell(self) -> None:
         """Calls listeners and readers, in order and one at a time, without the lock.
@@ -277,6 +301,7 @@ class Core:
                         for listener in tuple(self.listeners):
                             _call(listener.fn, view)
                     if view is None or view.state == "finished":
+                        work._wake()
                         for entry in tuple(work._notify):
                             _call(entry.fn)
                             if entry.after is not None:

@@ -62,6 +62,9 @@ class Engine:
         cancel_latency: Seconds from a cancel to its slot being free to aim for, as for `Context`.
         step_seconds: What a step should take at most while requests generate. Prompts are cut to fit beside them.
             None: a step takes as much of the prompts as `n_batch` allows.
+        stream_interval: Seconds within which those who wait for text are told of it once, while steps are shorter than
+            that: telling them takes time from a fast model's steps, and a screen shows no more in a sixtieth of a
+            second. The first text of a request, and its end, are told at once. 0: with each step.
         prefix_cache: Let requests take over what others that began with the same tokens have computed.
         checkpoints: States of a model that cannot go back (a recurrent one, a sliding window) to keep for that, each
             as large as the state of a slot. None: as many as slots.
@@ -88,6 +91,7 @@ class Engine:
         n_threads_batch: int | None = None,
         cancel_latency: float | None = 0.02,
         step_seconds: float | None = 0.4,
+        stream_interval: float = 1 / 60,
         kv_unified: bool | None = None,
         prefix_cache: bool = True,
         checkpoints: int | None = None,
@@ -107,6 +111,7 @@ class Engine:
             integer("checkpoints", checkpoints, 0, 256 - self._slots)
         if step_seconds is not None:
             number("step_seconds", step_seconds, 1e-4)
+        number("stream_interval", stream_interval, 0)
         number("aging", aging, 1e-3)
         n_batch = max(integer("n_batch", n_batch, 1, _INT32), self._slots)
         longest = model.max_position_embeddings or _INT32
@@ -158,7 +163,7 @@ class Engine:
             prefix_cache=prefix_cache,
         )
         self._n_ctx = limits.n_ctx
-        self._core = Core(Scheduler(limits, replace(rules, cells=runner.cells)), runner, history)
+        self._core = Core(Scheduler(limits, replace(rules, cells=runner.cells)), runner, history, stream_interval)
         self._vocabulary = Vocabulary(model)
         self._core.start()
 

@@ -208,7 +208,6 @@ class Generation(Work):
     def _give(self, text: str, tokens: list[TokenInfo]) -> None:
         if text or tokens:
             self._pieces.append(Piece(text, tokens))
-            self._wake()
 
     def _end(self, now: float) -> None:
         if self._request.finish_reason in ("stop", "length"):

@@ -230,8 +230,13 @@ class Work:
             self.wait()
             raise
 
+    @property
+    def has_readers(self) -> bool:
+        """Whether somebody waits for something to read."""
+        return bool(self._notify or self._waiting)
+
     def _wake(self) -> None:
-        """Wakes the threads that wait. Those registered with `add_notify` are told by the engine."""
+        """Wakes the threads that wait."""
         if self._waiting:
             with self._changed:
                 self._changed.notify_all()

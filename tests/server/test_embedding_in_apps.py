@@ -67,6 +67,26 @@ def test_it_can_be_mounted_in_another_app(engine: lc.Engine) -> None:
     assert 'llamacancel_http_answers_total{endpoint="/v1/completions",status="200"} 1.0' in metrics
 
 
+def test_pieces_of_text_that_are_there_together_are_sent_together(model_of: Any) -> None:
+    sent: list[bytes] = []
+    with lc.Engine(model_of("llama"), slots=1, n_ctx=512, n_threads=1, stream_interval=1000) as engine:
+        app = create_app(engine)
+
+        async def noting(scope: Any, receive: Any, send: Any) -> None:
+            async def noted(message: Any) -> None:
+                sent.append(message.get("body", b""))
+                await send(message)
+
+            await app(scope, receive, noted)
+
+        with running(noting) as url:
+            body = greedy("Go on", 100, stream=True, ignore_eos=True)
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE)
+    assert b"".join(sent) == answer.content
+    assert answer.text.count("data: {") > 50
+    assert sum(b"data: {" in part for part in sent) <= 4, "the first text, the rest, and the end"
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_hang_up_is_noticed_through_the_middleware_of_others(engine: lc.Engine, stream: bool) -> None:
     async def passing(request: Any, call_next: Any) -> Any:

@@ -36,8 +36,8 @@ def model(arch: str) -> lc.Model:
 
 
 def engine(arch: str = "llama", **params: Any) -> lc.Engine:
-    """An engine on it, for a `with` statement."""
-    return lc.Engine(model(arch), **{**EXACT, "slots": 2, **params})
+    """An engine on it that tells of every token, for a `with` statement."""
+    return lc.Engine(model(arch), **{**EXACT, "slots": 2, "stream_interval": 0, **params})
 
 
 def greedy() -> lc.Sampler:

@@ -26,7 +26,7 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
 @contextlib.asynccontextmanager
 async def aengine(arch: str = "llama", **params: Any) -> AsyncIterator[aio.Engine]:
-    async with aio.Engine(model(arch), **{**EXACT, "slots": 2, **params}) as e:
+    async with aio.Engine(model(arch), **{**EXACT, "slots": 2, "stream_interval": 0, **params}) as e:
         yield e
 
 

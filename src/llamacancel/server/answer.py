@@ -212,8 +212,11 @@ class GenerationResponse(Response):
         error: Exception | None = None
         try:
             async for piece in generation:
-                for data in choice.feed(piece):
-                    await stream.write(data)
+                events = list(choice.feed(piece))
+                while (more := generation.poll()) is not None:
+                    events += choice.feed(more)
+                if events:
+                    await stream.write(b"".join(events))
         except DecodeCancelled:
             pass
         except LlamaCancelError as failed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .._arguments import count, port, seconds, whole
+from .._arguments import count, interval, port, seconds, whole
 
 __all__ = ["add_arguments", "run"]
 
@@ -56,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--rpc", action="append", default=[], metavar="HOST:PORT",
         help="RPC server that takes layers of the model; may be repeated. Wants --n-gpu-layers",
+    )  # fmt: skip
+    work.add_argument(
+        "--stream-interval", type=interval, default=1 / 60, metavar="SECONDS",
+        help="pieces of text that come within this time are sent together, but for the first; 0: each token at once "
+        "(default: a sixtieth)",
     )  # fmt: skip
     work.add_argument("--timeout", type=seconds, metavar="SECONDS", help="for each request; it may ask for less")
 

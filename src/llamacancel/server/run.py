@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
             kv_unified=args.kv_unified,
             n_threads=args.threads,
             cancel_latency=args.cancel_latency,
+            stream_interval=args.stream_interval,
         )
         with engine:
             app = create_app(
