@@ -268,8 +268,8 @@ cdef class Context:
                 cancelled rows.
             abort_at: Where a call that keeps stops then, if some of its rows are still wanted: at the next "node" of
                 the graph, so that the ubatch that is being computed is lost, or after this "ubatch"; after the last
-                one the call is through. A ubatch whose rows are all cancelled stops at once, also where a call that keeps
-                goes on for the others.
+                one the call is through. A ubatch whose rows are all cancelled stops at once, also where a call that
+                keeps goes on for the others.
 
         Returns:
             A `DecodeResult`; `logits()` and `embeddings()` give the outputs.
