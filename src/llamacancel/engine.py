@@ -63,8 +63,8 @@ class Engine:
         step_seconds: What a step should take at most while requests generate. Prompts are cut to fit beside them.
             None: a step takes as much of the prompts as `n_batch` allows.
         stream_interval: Seconds within which those who wait for text are told of it once, while steps are shorter than
-            that: telling them takes time from a fast model's steps, and a screen shows no more in a sixtieth of a
-            second. The first text of a request, and its end, are told at once. 0: with each step.
+            that: telling them takes time from a fast model's steps. The first text of a request, and its end, are told
+            at once. 0: with each step.
         prefix_cache: Let requests take over what others that began with the same tokens have computed.
         checkpoints: States of a model that cannot go back (a recurrent one, a sliding window) to keep for that, each
             as large as the state of a slot. None: as many as slots.
@@ -91,7 +91,7 @@ class Engine:
         n_threads_batch: int | None = None,
         cancel_latency: float | None = 0.02,
         step_seconds: float | None = 0.4,
-        stream_interval: float = 1 / 60,
+        stream_interval: float = 1 / 30,
         kv_unified: bool | None = None,
         prefix_cache: bool = True,
         checkpoints: int | None = None,

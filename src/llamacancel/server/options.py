@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="RPC server that takes layers of the model; may be repeated. Wants --n-gpu-layers",
     )  # fmt: skip
     work.add_argument(
-        "--stream-interval", type=interval, default=1 / 60, metavar="SECONDS",
+        "--stream-interval", type=interval, default=1 / 30, metavar="SECONDS",
         help="pieces of text that come within this time are sent together, but for the first; 0: each token at once "
-        "(default: a sixtieth)",
+        "(default: a thirtieth)",
     )  # fmt: skip
     work.add_argument("--timeout", type=seconds, metavar="SECONDS", help="for each request; it may ask for less")
 
