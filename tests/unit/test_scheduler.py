@@ -198,6 +198,24 @@ def test_the_end_of_the_prompts_is_taken_along_and_a_few_rows_beyond_a_ubatch_ar
     assert policy.prompt_budget(limits, pace, 0, 515) == 515, "there are none"
 
 
+def test_where_each_prompt_has_ubatches_of_its_own_none_is_cut_for_the_single_rows_beside_it() -> None:
+    limits = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=512, step_seconds=0.1)
+    pace = Pace()
+    pace.observe(0, 3, 0.02)
+    pace.observe(600, 0, 0.08)
+    assert policy.prompt_budget(limits, pace, 3, 9999, by_sequence=True) == pytest.approx(600, abs=1)
+    assert policy.prompt_budget(limits, pace, 3, 512, by_sequence=True) == 512
+    assert policy.prompt_budget(limits, pace, 3, 740, by_sequence=True) == 740, "the end of the prompts is taken along"
+    rules = MemoryRules(cut=True, in_order=True, by_sequence=True)
+    bench = Bench(rules, slots=4, n_ubatch=64, n_batch=256, step_seconds=100.0)
+    bench.submit("talks", prompt(5), max_tokens=100)
+    bench.step()
+    bench.scheduler.pace.row_seconds = 0.001
+    for i in range(3):
+        bench.submit(f"{i}", prompt(64, i + 1), max_tokens=10)
+    assert [rows.count for rows in bench.step().rows] == [1, 64, 64, 64]
+
+
 @given(st.integers(0, 300), st.lists(st.tuples(st.integers(1, 100), st.integers(1, 40)), max_size=6))
 def test_a_budget_is_shared_out_to_the_last_row_and_nobody_gets_more_than_it_can_use(
     budget: int, wants: list[tuple[int, int]]

@@ -113,11 +113,12 @@ class Pace:
         return measured if known is None else known + self._WEIGHT * (measured - known)
 
 
-def prompt_budget(limits: Limits, pace: Pace, n_generating: int, wanted: int) -> int:
+def prompt_budget(limits: Limits, pace: Pace, n_generating: int, wanted: int, by_sequence: bool = False) -> int:
     """Most rows of prompts in the next step, next to `n_generating` rows of running generations.
 
     As many as `step_seconds` allow. But a little more if then nothing is left of the `wanted` ones, which would take a
-    step of its own; and no last ubatch of so few rows that it would hardly be worth its time.
+    step of its own; and where all rows are computed in their order, no last ubatch of so few rows that it would hardly
+    be worth its time. (`by_sequence`: each prompt has ubatches of its own, and the single rows have another one.)
     """
     room = limits.n_batch - n_generating
     if limits.step_seconds is None or room <= 0:
@@ -130,9 +131,10 @@ def prompt_budget(limits: Limits, pace: Pace, n_generating: int, wanted: int) ->
         rows = int(limits.step_seconds * _ALONE / pace.row_seconds)
     if wanted <= rows * _ENOUGH:
         rows = wanted
-    last = (rows + n_generating) % limits.n_ubatch
-    least = min(_LEAST_ROWS, max(limits.n_ubatch - n_generating, 1))
-    if last < _SHORT_ROWS and rows - last >= least and (n_generating or rows < wanted):
+    shared = 0 if by_sequence else n_generating
+    last = (rows + shared) % limits.n_ubatch
+    least = min(_LEAST_ROWS, max(limits.n_ubatch - shared, 1))
+    if not by_sequence and last < _SHORT_ROWS and rows - last >= least and (n_generating or rows < wanted):
         rows -= last
     return min(room, max(rows, least))
 

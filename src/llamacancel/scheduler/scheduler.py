@@ -243,7 +243,9 @@ class Scheduler:
         budget = 0
         if prompts:
             wanted = sum(request.rows_left for request in prompts)
-            budget = policy.prompt_budget(self.limits, self.pace, len(running) - len(prompts), wanted)
+            budget = policy.prompt_budget(
+                self.limits, self.pace, len(running) - len(prompts), wanted, self.rules.by_sequence
+            )
         allowed = budget
         if self.rules.cells is not None:
             running, prompts, budget = self._make_room(running, prompts, budget, now)
