@@ -216,6 +216,19 @@ def test_where_each_prompt_has_ubatches_of_its_own_none_is_cut_for_the_single_ro
     assert [rows.count for rows in bench.step().rows] == [1, 64, 64, 64]
 
 
+def test_a_few_rows_that_would_need_a_ubatch_of_their_own_wait_for_the_rest_of_their_prompt() -> None:
+    counts = {}
+    for by_sequence in (False, True):
+        rules = MemoryRules(cut=True, in_order=True, by_sequence=by_sequence)
+        bench = Bench(rules, slots=3, n_ubatch=64, n_batch=150, quantum=100, step_seconds=None)
+        for i in range(2):
+            bench.submit(f"{i}", prompt(100, i + 1), max_tokens=1)
+        counts[by_sequence] = [[rows.count for rows in bench.step().rows] for _ in range(2)]
+    assert counts[False] == [[100, 50], [50]]
+    assert counts[True] == [[100], [100]]
+    assert policy.whole_tiles(50, 50, 150, spare=True) == 50, "the last ones"
+
+
 @given(st.integers(0, 300), st.lists(st.tuples(st.integers(1, 100), st.integers(1, 40)), max_size=6))
 def test_a_budget_is_shared_out_to_the_last_row_and_nobody_gets_more_than_it_can_use(
     budget: int, wants: list[tuple[int, int]]

@@ -162,13 +162,16 @@ def share(budget: int, wants: Sequence[tuple[int, int]]) -> list[int]:
     return given
 
 
-def whole_tiles(count: int, wanted: int, budget: int) -> int:
+def whole_tiles(count: int, wanted: int, budget: int, spare: bool = False) -> int:
     """As many of `count` rows as are worth their time, if a prompt could use `wanted`.
 
     All, if these are the last ones. Otherwise those that would begin a tile and not fill it come with a later step, but
-    not if they are much of the `budget` of this one.
+    not if they are much of the `budget` of this one. None, if they are too few for a ubatch of their own that the step
+    can `spare`, since others' rows are in it.
     """
     scrap = count % _TILE_ROWS
+    if spare and count < min(wanted, _SHORT_ROWS):
+        return 0
     if count in (wanted, scrap) or scrap > budget * _SCRAP_SHARE:
         return count
     return count - scrap

@@ -267,9 +267,9 @@ class Scheduler:
         prompts.sort(key=lambda request: (request.place, request.number))
         wants = [(self._rows_to_stop(request), request.turn) for request in prompts]
         for request, (want, _), given in zip(prompts, wants, policy.share(budget, wants), strict=True):
-            if not given:
+            count = policy.whole_tiles(given, want, budget, self.rules.by_sequence and plan.n_prompt_rows > 0)
+            if not count:
                 continue
-            count = policy.whole_tiles(given, want, budget)
             last = count == request.rows_left
             plan.rows.append(Rows(request, _slot_of(request), request.held, count, last))
             plan.n_prompt_rows += count
