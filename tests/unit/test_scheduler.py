@@ -210,7 +210,7 @@ def test_where_each_prompt_has_ubatches_of_its_own_none_is_cut_for_the_single_ro
     bench = Bench(rules, slots=4, n_ubatch=64, n_batch=256, step_seconds=100.0)
     bench.submit("talks", prompt(5), max_tokens=100)
     bench.step()
-    bench.scheduler.pace.row_seconds = 0.001
+    bench.scheduler.pace.row_seconds, bench.scheduler.pace.step_seconds = 0.001, 1.0
     for i in range(3):
         bench.submit(f"{i}", prompt(64, i + 1), max_tokens=10)
     assert [rows.count for rows in bench.step().rows] == [1, 64, 64, 64]
@@ -227,6 +227,32 @@ def test_a_few_rows_that_would_need_a_ubatch_of_their_own_wait_for_the_rest_of_t
     assert counts[False] == [[100, 50], [50]]
     assert counts[True] == [[100], [100]]
     assert policy.whole_tiles(50, 50, 150, spare=True) == 50, "the last ones"
+
+
+def test_a_complete_prompt_does_not_wait_for_those_behind_it_unless_that_would_cost_them_as_much() -> None:
+    counts = {}
+    for step in (0.001, 1.0, None):
+        bench = Bench(slots=3, n_batch=1000, n_ubatch=1000, step_seconds=None if step is None else 100.0)
+        bench.scheduler.pace.row_seconds, bench.scheduler.pace.step_seconds = 0.001, step or 0.001
+        for i, n in enumerate((100, 150, 200)):
+            bench.submit(f"{i}", prompt(n, i), max_tokens=9)
+        counts[step] = [[rows.count for rows in bench.step().rows] for _ in range(3)]
+    assert counts[0.001] == [[100], [1, 150], [1, 1, 200]]
+    assert counts[1.0] == [[100, 150, 200], [1, 1, 1], [1, 1, 1]]
+    assert counts[None] == [[100, 150, 200], [1, 1, 1], [1, 1, 1]], "a step takes all it can"
+
+
+def test_a_step_ends_with_what_is_complete_where_the_first_tokens_gain_clearly_more_than_others_lose() -> None:
+    limits = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=512, step_seconds=0.4)
+    pace = Pace()
+    pace.observe(0, 3, 0.01)
+    pace.observe(500, 0, 0.5)
+    assert policy.ends_here(limits, pace, 1, 1, 50), "0.05 s sooner, 0.01 s later"
+    assert policy.ends_here(limits, pace, 2, 4, 50)
+    assert not policy.ends_here(limits, pace, 1, 3, 50), "three of them wait 0.01 s"
+    assert not policy.ends_here(limits, pace, 0, 1, 500), "nobody gains"
+    assert not policy.ends_here(limits, pace, 3, 0, 0), "nobody is behind"
+    assert not policy.ends_here(limits, Pace(), 1, 1, 50), "nothing is known"
 
 
 @given(st.integers(0, 300), st.lists(st.tuples(st.integers(1, 100), st.integers(1, 40)), max_size=6))
@@ -387,19 +413,21 @@ def test_stops_cost_the_others_no_more_than_a_tenth_of_the_time() -> None:
     assert policy.stops_inside(pace, parts, 0.1)
 
 
-def test_a_flood_of_cancels_passes_over_nobody_more_than_twice_in_a_row() -> None:
+@pytest.mark.parametrize("step_seconds", [None, 100.0])
+def test_a_flood_of_cancels_passes_over_nobody_more_than_twice_in_a_row(step_seconds: float | None) -> None:
     rules = MemoryRules(cut=True, in_order=True, by_sequence=True)
-    bench = Bench(rules, slots=3, n_ubatch=8, n_batch=128, step_seconds=None)
+    bench = Bench(rules, slots=3, n_ubatch=8, n_batch=128, step_seconds=step_seconds)
     crowd = [bench.submit(f"crowd{i}", prompt(40, i)) for i in range(2)]
     talkative = next(text for seed in range(100, 200) if len(answer(text := prompt(20, seed), 30, 5000)) == 30)
     stayed = bench.submit("stayed", talkative, max_tokens=30)  # in the last slot: its rows come last
     waited = held = 0
     for turn in range(200):
         plan = bench.scheduler.plan(bench.now)
-        assert bench.scheduler.cancel(crowd[turn % 2].id, "cancelled", bench.now)
+        gone = crowd[turn % 2]
+        assert bench.scheduler.cancel(gone.id, "cancelled", bench.now)
         bench.scheduler.pace.row_seconds = 1.0
         assert not (plan.whole and bench.scheduler.stops_inside(bench.now))
-        if plan.whole:
+        if plan.whole or gone not in plan.requests:
             outcome = bench.runner.run(plan)
         else:  # it was stopped before its first row
             bench.runner.run(Plan(actions=plan.actions))

@@ -9,6 +9,7 @@ __all__ = [
     "Limits",
     "Pace",
     "Part",
+    "ends_here",
     "loss",
     "must_be_whole",
     "parts_of",
@@ -25,6 +26,7 @@ _TILE_ROWS = 64  # attention takes so many rows of a sequence at a time (ggml's 
 _SCRAP_SHARE = 0.1  # so much shorter a step may be for that
 _ENOUGH = 1.25  # so much longer a step may be if all prompts are through with it
 _ALONE = 1.25  # steps may be so many times longer while nobody generates: only newcomers wait for their end
+_CLEARLY = 2  # times as much must the first tokens gain that do not wait for a whole step as the others lose
 _LONG_SECONDS = 0.25  # longer than that a cancelled request does not wait for the part of a step that others want
 _PASSED_OVER = 2  # so often in a row a step may be stopped before it comes to somebody's rows
 _PATIENCE = 0.5  # seconds that stopped steps may cost the others at once
@@ -175,6 +177,18 @@ def whole_tiles(count: int, wanted: int, budget: int, spare: bool = False) -> in
     if count in (wanted, scrap) or scrap > budget * _SCRAP_SHARE:
         return count
     return count - scrap
+
+
+def ends_here(limits: Limits, pace: Pace, n_complete: int, n_behind: int, rows_behind: int) -> bool:
+    """Whether a step is to end with the prompts that are complete in it, and not to go on with those behind them.
+
+    The first tokens of `n_complete` then need not wait for the `rows_behind` that would be in the step, too, while the
+    `n_behind` prompts behind come later by what one more step costs in itself. It ends if that is clearly the smaller
+    part: the sum of all waiting shrinks, and the last one's hardly grows.
+    """
+    if limits.step_seconds is None:
+        return False
+    return n_complete * rows_behind * (pace.row_seconds or 0.0) > n_behind * pace.step_seconds * _CLEARLY
 
 
 @dataclass(frozen=True, slots=True)

@@ -254,25 +254,32 @@ class Scheduler:
                 plan.rows.append(Rows(request, _slot_of(request), request.held, 1, True))
         plan.n_other_rows = len(plan.rows)
         if prompts:
-            self._plan_prompts(plan, prompts, budget)
-        if budget < allowed:
-            planned = {rows.request.id for rows in plan.rows}
-            for request in prompts:
-                if request.id not in planned:
-                    self._wait_for_memory(request)
+            self._plan_prompts(plan, prompts, budget, budget < allowed)
         if self.rules.in_order:
             plan.rows.sort(key=lambda rows: rows.slot)
 
-    def _plan_prompts(self, plan: Plan, prompts: list[Request], budget: int) -> None:
+    def _plan_prompts(self, plan: Plan, prompts: list[Request], budget: int, short_of_memory: bool) -> None:
         prompts.sort(key=lambda request: (request.place, request.number))
         wants = [(self._rows_to_stop(request), request.turn) for request in prompts]
-        for request, (want, _), given in zip(prompts, wants, policy.share(budget, wants), strict=True):
+        shares = policy.share(budget, wants)
+        if short_of_memory:
+            for request, given in zip(prompts, shares, strict=True):
+                if not given:
+                    self._wait_for_memory(request)
+        n_complete, n_behind, rows_behind = 0, len(prompts), sum(shares)
+        for request, (want, _), given in zip(prompts, wants, shares, strict=True):
+            if policy.ends_here(self.limits, self.pace, n_complete, n_behind, rows_behind):
+                break
+            rows_behind -= given
             count = policy.whole_tiles(given, want, budget, self.rules.by_sequence and plan.n_prompt_rows > 0)
             if not count:
                 continue
             last = count == request.rows_left
             plan.rows.append(Rows(request, _slot_of(request), request.held, count, last))
             plan.n_prompt_rows += count
+            complete = request.rows_left - count <= 1  # the very last row, behind a checkpoint, is no matter of time
+            n_complete += complete
+            n_behind -= complete
 
     def _rows_to_stop(self, request: Request) -> int:
         """Rows up to the next checkpoint, or to the end of the prompt."""
