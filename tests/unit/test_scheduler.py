@@ -303,8 +303,9 @@ def test_a_long_prompt_lets_short_ones_by_and_they_let_it_on() -> None:
     assert max(waits) <= 4, "it waits for what is left of a turn, not for 4,000 rows"
 
 
-def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
-    bench = Bench(slots=3, n_batch=32, quantum=64, step_seconds=None)
+@pytest.mark.parametrize("step_seconds", [None, 1.0])
+def test_a_stream_of_short_prompts_does_not_starve_a_long_one(step_seconds: float | None) -> None:
+    bench = Bench(slots=3, n_batch=32, quantum=64, step_seconds=step_seconds)
     long = bench.submit("long", prompt(1500), max_tokens=1)
     for i in range(2000):
         while bench.scheduler.idle_slots - len(bench.scheduler.queue) > 0:

@@ -133,10 +133,11 @@ def prompt_budget(limits: Limits, pace: Pace, n_generating: int, wanted: int, by
         rows = int(limits.step_seconds * _ALONE / pace.row_seconds)
     if wanted <= rows * _ENOUGH:
         rows = wanted
-    shared = 0 if by_sequence else n_generating
-    last = (rows + shared) % limits.n_ubatch
-    least = min(_LEAST_ROWS, max(limits.n_ubatch - shared, 1))
-    if not by_sequence and last < _SHORT_ROWS and rows - last >= least and (n_generating or rows < wanted):
+    if by_sequence:
+        return min(room, max(rows, min(_LEAST_ROWS, limits.n_ubatch)))
+    last = (rows + n_generating) % limits.n_ubatch
+    least = min(_LEAST_ROWS, max(limits.n_ubatch - n_generating, 1))
+    if last < _SHORT_ROWS and rows - last >= least and (n_generating or rows < wanted):
         rows -= last
     return min(room, max(rows, least))
 
