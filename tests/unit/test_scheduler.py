@@ -229,17 +229,20 @@ def test_a_few_rows_that_would_need_a_ubatch_of_their_own_wait_for_the_rest_of_t
     assert policy.whole_tiles(50, 50, 150, spare=True) == 50, "the last ones"
 
 
-def test_a_complete_prompt_does_not_wait_for_those_behind_it_unless_that_would_cost_them_as_much() -> None:
+def test_a_prompt_of_an_earlier_step_does_not_wait_for_those_behind_it_unless_that_would_cost_them_as_much() -> None:
     counts = {}
     for step in (0.001, 1.0, None):
-        bench = Bench(slots=3, n_batch=1000, n_ubatch=1000, step_seconds=None if step is None else 100.0)
+        bench = Bench(slots=4, n_batch=1000, n_ubatch=1000, step_seconds=None if step is None else 100.0)
         bench.scheduler.pace.row_seconds, bench.scheduler.pace.step_seconds = 0.001, step or 0.001
-        for i, n in enumerate((100, 150, 200)):
+        for i, n in enumerate((800, 264)):
             bench.submit(f"{i}", prompt(n, i), max_tokens=9)
-        counts[step] = [[rows.count for rows in bench.step().rows] for _ in range(3)]
-    assert counts[0.001] == [[100], [1, 150], [1, 1, 200]]
-    assert counts[1.0] == [[100, 150, 200], [1, 1, 1], [1, 1, 1]]
-    assert counts[None] == [[100, 150, 200], [1, 1, 1], [1, 1, 1]], "a step takes all it can"
+        bench.step()
+        for i in (2, 3):
+            bench.submit(f"{i}", prompt(100, i), max_tokens=9)
+        counts[step] = [[rows.count for rows in bench.step().rows] for _ in range(2)]
+    assert counts[0.001] == [[1, 96], [1, 1, 100, 100]], "those that begin together stay together"
+    assert counts[1.0] == [[1, 96, 100, 100], [1, 1, 1, 1]]
+    assert counts[None] == [[1, 96, 100, 100], [1, 1, 1, 1]], "a step takes all it can"
 
 
 def test_a_step_ends_with_what_is_complete_where_the_first_tokens_gain_clearly_more_than_others_lose() -> None:
@@ -421,6 +424,7 @@ def test_a_flood_of_cancels_passes_over_nobody_more_than_twice_in_a_row(step_sec
     crowd = [bench.submit(f"crowd{i}", prompt(40, i)) for i in range(2)]
     talkative = next(text for seed in range(100, 200) if len(answer(text := prompt(20, seed), 30, 5000)) == 30)
     stayed = bench.submit("stayed", talkative, max_tokens=30)  # in the last slot: its rows come last
+    bench.scheduler.pace.row_seconds = 1.0
     waited = held = 0
     for turn in range(200):
         plan = bench.scheduler.plan(bench.now)

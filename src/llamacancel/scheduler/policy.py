@@ -183,9 +183,10 @@ def whole_tiles(count: int, wanted: int, budget: int, spare: bool = False) -> in
 def ends_here(limits: Limits, pace: Pace, n_complete: int, n_behind: int, rows_behind: int) -> bool:
     """Whether a step is to end with the prompts that are complete in it, and not to go on with those behind them.
 
-    The first tokens of `n_complete` then need not wait for the `rows_behind` that would be in the step, too, while the
-    `n_behind` prompts behind come later by what one more step costs in itself. It ends if that is clearly the smaller
-    part: the sum of all waiting shrinks, and the last one's hardly grows.
+    The first tokens of `n_complete`, of which part was computed in a step before, then need not wait for the
+    `rows_behind` that would be in the step, too, while the `n_behind` prompts behind come later by what one more step
+    costs in itself. It ends if that is clearly the smaller part: the sum of all waiting shrinks, and the last one's
+    hardly grows. Prompts that were begun together are not parted: who generates later alone costs as much as several.
     """
     if limits.step_seconds is None:
         return False

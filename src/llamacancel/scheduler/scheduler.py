@@ -278,7 +278,7 @@ class Scheduler:
             plan.rows.append(Rows(request, _slot_of(request), request.held, count, last))
             plan.n_prompt_rows += count
             complete = request.rows_left - count <= 1  # the very last row, behind a checkpoint, is no matter of time
-            n_complete += complete
+            n_complete += complete and request.held > request.cached_tokens  # those that had to wait for a step before
             n_behind -= complete
 
     def _rows_to_stop(self, request: Request) -> int:
