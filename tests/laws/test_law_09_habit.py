@@ -268,6 +268,53 @@ def test_a_handler_may_cancel_the_token_of_the_decode() -> None:
 
 
 @needs_posix
+def test_a_handler_that_tokenizes_leaves_the_outer_call_its_token() -> None:
+    _well("""
+        model = load(cached_model("llama", "tiny"))
+        token = lc.CancelToken()
+        def handler(number, frame):
+            assert len(model.tokenize("word")) > 0
+            lc.Sampler(grammar='root ::= "a"', model=model)
+            token.cancel("enough")
+        signal.signal(signal.SIGUSR1, handler)
+        with signalled(signal.SIGUSR1, at=10) as clock:
+            try:
+                model.tokenize("some words " * 20_000, token=token)
+                raise SystemExit("it went on to its end")
+            except lc.DecodeCancelled as error:
+                assert error.reason == "enough"
+                assert clock.readings > 10, "the handler ran before the call"
+        model.close()
+    """)
+
+
+@needs_posix
+def test_a_handler_that_decodes_leaves_the_outer_call_its_quiet_log() -> None:
+    _well("""
+        import logging
+        told = []
+        class Ear(logging.Handler):
+            def emit(self, record):
+                told.append((record.levelno, record.getMessage()))
+        logging.getLogger("llamacancel.llama").addHandler(Ear())
+        logging.getLogger("llamacancel.llama").setLevel(logging.DEBUG)
+        context, twin = pair("llama")
+        told.clear()
+        token = lc.CancelToken()
+        def handler(number, frame):
+            twin.decode(batch(([7], 30, 0)))
+            token.cancel("enough")
+        signal.signal(signal.SIGUSR1, handler)
+        with signalled(signal.SIGUSR1):
+            cancelled(context, rows, token)
+        assert holds(twin)[0][1] == 30, "the handler did not run"
+        assert any("failed to" in text for _, text in told), "it was not stopped inside of a graph"
+        assert not [text for level, text in told if level >= logging.ERROR]
+        context.close(); twin.close()
+    """)
+
+
+@needs_posix
 def test_a_storm_of_signals_does_no_harm() -> None:
     _well(f"""
         for arch in {GENERATIVE}:

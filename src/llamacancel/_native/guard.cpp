@@ -95,8 +95,8 @@ void after_fork_in_child() {
     log_instance = new Log;
 }
 
-QuietLog::QuietLog(const bool & quiet) noexcept { quiet_flag = &quiet; }
-QuietLog::~QuietLog() { quiet_flag = nullptr; }
+QuietLog::QuietLog(const bool & quiet) noexcept : outer_(quiet_flag) { quiet_flag = &quiet; }
+QuietLog::~QuietLog() { quiet_flag = outer_; }
 
 void initialize() {
     static std::once_flag once;

@@ -54,13 +54,16 @@ struct LogLine {
 bool next_log_line(LogLine & line);
 
 // While one of these lives on this thread and its flag is set, llama.cpp's log lines count as debugging:
-// what it says of a call that was stopped on purpose is no error.
+// what it says of a call that was stopped on purpose is no error. They nest: a signal handler may make a call within one.
 class QuietLog {
 public:
     explicit QuietLog(const bool & quiet) noexcept;
     ~QuietLog();
     QuietLog(const QuietLog &) = delete;
     QuietLog & operator=(const QuietLog &) = delete;
+
+private:
+    const bool * const outer_;
 };
 
 // The last error lines that llama.cpp logged on this thread since clear_errors(), for exception texts.

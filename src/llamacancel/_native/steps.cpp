@@ -15,6 +15,8 @@ constexpr uintptr_t kShallow = 32 * 1024;   // a stack that grew by less is not 
 constexpr uintptr_t kReserve = 128 * 1024;  // bytes of stack that are left alone
 constexpr uintptr_t kAssumed = 256 * 1024;  // growth that is allowed where the system does not tell the size
 
+thread_local CountedSteps * innermost = nullptr;
+
 uintptr_t stack_here() noexcept {
     const char here = 0;
     const volatile char * const address = &here;
@@ -55,18 +57,23 @@ bool stack_is_short(uintptr_t began_at) noexcept {
 }  // namespace
 
 CountedSteps::CountedSteps(Call & call, uint64_t most)
-    : call_(call), at_exit_(exiting()), most_(most), stack_at_(stack_here()) {
+    : call_(call), at_exit_(exiting()), most_(most), stack_at_(stack_here()), outer_(innermost) {
     if (call_.should_stop()) {
         throw Stopped{};
     }
-#ifdef LLAMACANCEL_PATCHED
-    llama_set_steps_callback(took, this);
-#endif
+    innermost = this;
+    listen();
 }
 
 CountedSteps::~CountedSteps() {
+    innermost = outer_;
+    listen();
+}
+
+// Has llama.cpp tell the innermost one of this thread, if there is one.
+void CountedSteps::listen() noexcept {
 #ifdef LLAMACANCEL_PATCHED
-    llama_set_steps_callback(nullptr, nullptr);
+    llama_set_steps_callback(innermost ? took : nullptr, innermost);
 #endif
 }
 

@@ -25,7 +25,8 @@ struct StackTooSmall : std::runtime_error {
 };
 
 // While one of these lives, llama.cpp's loops on this thread throw Stopped once `call` is to stop, TooManySteps after
-// `most` steps, and StackTooSmall before a recursion ends the thread's stack. They do not nest.
+// `most` steps, and StackTooSmall before a recursion ends the thread's stack. They nest: a signal handler may make a call
+// within one, and the outer one counts on afterwards.
 class CountedSteps {
 public:
     static constexpr uint64_t kAny = UINT64_MAX;
@@ -38,6 +39,8 @@ public:
 private:
     static void took(void * self, size_t n_steps);
 
+    static void listen() noexcept;
+
     const InFlight in_flight_;
     const AssertionGuard guard_;
     Call & call_;
@@ -46,6 +49,7 @@ private:
     uint64_t steps_ = 0;
     uint64_t next_look_ = 0;
     const uintptr_t stack_at_;  // where the thread's stack stood
+    CountedSteps * const outer_;
 };
 
 }  // namespace llamacancel
