@@ -12,6 +12,7 @@ cdef class Model:
     cdef int pid                   # the process that loaded it
     cdef object _path
     cdef object _metadata
+    cdef object _vocabulary        # for constraints: made on first use, kept as long as the model; see `_sampler`
 
     cdef int _check_open(self) except -1
     cdef const llama_vocab * _vocab(self) except NULL

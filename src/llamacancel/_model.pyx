@@ -141,6 +141,7 @@ cdef class Model:
         """Let go of the model. Contexts that are open keep their share of it until they are closed."""
         cdef shared_ptr[ModelBox] box
         if self.pid == getpid():
+            self._vocabulary = None
             box.swap(self.box)
             with nogil:
                 box.reset()

@@ -3,10 +3,13 @@
 
 import json
 
+cimport cython
+from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, uint32_t
 from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
+from posix.unistd cimport getpid
 
 from ._cancel cimport state_of
 from ._context cimport Context
@@ -16,6 +19,7 @@ from ._llama cimport drain_log, raise_cancelled, text_of
 from ._model cimport Model
 
 from . import _params
+from .constraint import Vocabulary, source_of
 from .errors import ContextBusyError
 
 cdef extern from "schema.hpp" namespace "llamacancel" nogil:
@@ -43,25 +47,32 @@ cdef class Sampler:
         mirostat, mirostat_tau, mirostat_eta: Mirostat 1 or 2 in place of the truncations; 0 is off.
         seed: For the random numbers; None for a random one.
         logit_bias: {token: bias}; -inf forbids a token.
+        json_schema: JSON schema, as text or as what `json.loads` gives, that the output must follow. At most one of
+            `json_schema`, `regex`, `lark` and `grammar`.
+        regex: Regular expression that the whole output must match.
+        lark: Grammar in llguidance's dialect of Lark that the output must follow.
         grammar: GBNF text that the output must follow, beginning with the rule `grammar_root`.
         model: Binds the sampler at once, so that a bad grammar is told here and not at its first use.
 
     Raises:
-        TypeError, ValueError: If an argument is none that it can be, or the grammar cannot be parsed, begins with
-            itself (left recursion), or is too ambiguous.
+        TypeError, ValueError: If an argument is none that it can be, or a schema, expression or grammar is out of
+            bounds, cannot be parsed, begins with itself (left recursion), or is too ambiguous.
     """
     cdef object __weakref__
     cdef llama_sampler * chain       # null until bound to a model
     cdef shared_ptr[ModelBox] box    # the model whose vocabulary the chain refers to
     cdef dict options
+    cdef object matcher              # where the text stands in its constraint; None without one, or until bound
+    cdef vector[uint32_t] mask       # the tokens that the constraint allows next, a bit for each, if `masked`
+    cdef bint masked
     cdef bint busy                   # a thread is using the chain, perhaps without the GIL; set and cleared with it
 
     def __init__(self, *, temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, typical_p=1.0, top_n_sigma=-1.0,
                  min_keep=1, dynatemp_range=0.0, dynatemp_exponent=1.0, repeat_penalty=1.0, frequency_penalty=0.0,
                  presence_penalty=0.0, penalty_last_n=64, dry_multiplier=0.0, dry_base=1.75, dry_allowed_length=2,
                  dry_penalty_last_n=1024, dry_breakers=("\n", ":", '"', "*"), xtc_probability=0.0, xtc_threshold=0.1,
-                 mirostat=0, mirostat_tau=5.0, mirostat_eta=0.1, seed=None, logit_bias=None, grammar=None,
-                 grammar_root="root", model=None):
+                 mirostat=0, mirostat_tau=5.0, mirostat_eta=0.1, seed=None, logit_bias=None, json_schema=None,
+                 regex=None, lark=None, grammar=None, grammar_root="root", model=None):
         number, integer = _params.number, _params.integer
         self.options = {
             "temperature": number("temperature", temperature, -1e6, 1e6),
@@ -92,6 +103,7 @@ cdef class Sampler:
                            for token, bias in (logit_bias or {}).items()},
             "grammar": None if grammar is None else _no_zero("grammar", grammar),
             "grammar_root": _no_zero("grammar_root", grammar_root),
+            "constraint": source_of(json_schema=json_schema, regex=regex, lark=lark, grammar=grammar),
         }
         if model is not None:
             self._bind_model(model)
@@ -109,15 +121,18 @@ cdef class Sampler:
 
     cdef int _bind_model(self, Model model) except -1:
         model._check_open()
-        return self._bind(model.box)
+        return self._bind(model, model.box)
 
-    cdef int _bind(self, const shared_ptr[ModelBox] & box) except -1:
-        """Builds the chain for a model's vocabulary, once."""
+    cdef int _bind(self, Model model, const shared_ptr[ModelBox] & box) except -1:
+        """Builds the chain for a model's vocabulary, once. The model may be closed if the box is held."""
         if self.chain != NULL:
             if self.box != box:
                 raise ValueError("the sampler is bound to another model's vocabulary; make one for this model")
             return 0
         cdef shared_ptr[ModelBox] held = box
+        if self.options["constraint"] is not None:
+            self.matcher = self.options["constraint"].matcher(_vocabulary_of(model, held))
+            self.mask.resize((llama_vocab_n_tokens(held.get().vocab()) + 31) // 32)
         cdef llama_sampler_chain_params params = llama_sampler_chain_default_params()
         cdef llama_sampler * chain = llama_sampler_chain_init(params)
         try:
@@ -231,6 +246,7 @@ cdef class Sampler:
                 n_vocab = ctx.box.get().outputs().n_vocab
                 with nogil:
                     sample(draw, n_vocab)
+                self._follow(draw)
             finally:
                 self.busy = False
         finally:
@@ -239,9 +255,26 @@ cdef class Sampler:
 
     cdef int _prepare(self, Draw & draw, Context ctx, int32_t row) except -1:
         """Sets what is drawn from, in a context that the caller holds."""
-        self._bind(ctx.box.get().model())
+        self._bind(ctx.model, ctx.box.get().model())
         draw.chain = self.chain
         draw.logits = ctx._logits_of(row)
+        if self.matcher is not None:
+            if not self.masked:
+                self.matcher.fill(<size_t> self.mask.data(), self.mask.size() * sizeof(uint32_t))
+                self.masked = True
+            draw.mask = self.mask.data()
+        return 0
+
+    cdef int _follow(self, Draw & draw) except -1:
+        """Takes the constraint on behind what was drawn."""
+        if self.matcher is not None and draw.status == Status.Done:
+            self._take(draw.token)
+        return 0
+
+    cdef int _take(self, llama_token token) except -1:
+        if not (self.matcher.stopped and llama_vocab_is_eog(self.box.get().vocab(), token)):
+            self.masked = False
+            self.matcher.take(token)
         return 0
 
     def accept(self, token, *, model=None):
@@ -261,8 +294,13 @@ cdef class Sampler:
             if self.chain == NULL:
                 raise ValueError("the sampler is bound to no model yet: pass model=")
             chosen = _params.integer("token", token, 0, llama_vocab_n_tokens(self.box.get().vocab()) - 1)
+            if self.matcher is not None and not self.matcher.allows(chosen):
+                self.matcher.check()
+                raise ValueError(f"the token is not accepted: the constraint does not allow {chosen} here")
             with nogil:
                 status = accept(self.chain, chosen, message)
+            if self.matcher is not None and status == Status.Done:
+                self._take(chosen)
         finally:
             self.busy = False
         if status != Status.Done:
@@ -277,6 +315,9 @@ cdef class Sampler:
         self._enter("reset")
         try:
             if self.chain != NULL:
+                if self.matcher is not None:
+                    self.matcher = self.options["constraint"].matcher(self.matcher.vocabulary)
+                    self.masked = False
                 with nogil:
                     reset(self.chain)
         finally:
@@ -296,6 +337,9 @@ cdef class Sampler:
                 with nogil:
                     other.chain = llama_sampler_clone(self.chain)
                 other.box = self.box
+            if self.matcher is not None:
+                other.matcher = self.matcher.copy()
+                other.mask, other.masked = self.mask, self.masked
         finally:
             self.busy = False
         return other
@@ -331,7 +375,12 @@ def choose_tokens(Context ctx not None, list rows not None):
             sampler = each
             try:
                 sampler._enter("sample")
-                entered.append(sampler)
+            except ContextBusyError as error:
+                entered.append(None)
+                told.append(error)
+                continue
+            entered.append(sampler)
+            try:
                 sampler._prepare(draws[n], ctx, row)
                 draws[n].call = Call(state_of(token))
             except Exception as error:
@@ -344,19 +393,26 @@ def choose_tokens(Context ctx not None, list rows not None):
         n_threads = llama_n_threads_batch(ctx.box.get().get())
         with nogil:
             sample_rows(draws, n_vocab, n_threads)
+        n = 0
+        for i in range(len(told)):
+            if told[i] is None:
+                told[i] = _followed(entered[i], draws[n])
+                n += 1
     finally:
-        for sampler in entered:
-            sampler.busy = False
+        for each in entered:
+            if each is not None:
+                (<Sampler> each).busy = False
         ctx.box.get().release()
-    n = 0
-    for i in range(len(told)):
-        if told[i] is None:
-            try:
-                told[i] = _chosen(draws[n])
-            except Exception as error:
-                told[i] = error
-            n += 1
     return told
+
+
+cdef object _followed(Sampler sampler, Draw & draw):
+    """What came of one of several rows: the token, or the exception."""
+    try:
+        sampler._follow(draw)
+        return _chosen(draw)
+    except Exception as error:
+        return error
 
 
 cdef object _chosen(Draw & draw):
@@ -411,6 +467,63 @@ def _check_size(schema):
             values.extend([(part, level + 1) for part in value.values()])
         elif isinstance(value, (list, tuple)):
             values.extend([(part, level + 1) for part in value])
+
+
+cdef object _vocabulary_of(Model model, const shared_ptr[ModelBox] & box):
+    """The model's vocabulary for constraints, which no second thread makes at the same time."""
+    if model._vocabulary is None:
+        model._vocabulary = Vocabulary(_Pieces.of(box))
+    return model._vocabulary
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class _Pieces:
+    """A vocabulary, read for constraints. It holds the native model, not the Python one, which holds it."""
+    cdef shared_ptr[ModelBox] box
+    cdef int pid
+
+    @staticmethod
+    cdef _Pieces of(const shared_ptr[ModelBox] & box):
+        cdef _Pieces pieces = _Pieces.__new__(_Pieces)
+        pieces.box = box
+        pieces.pid = getpid()
+        return pieces
+
+    def __dealloc__(self):
+        if self.box and self.pid != getpid():
+            new shared_ptr[ModelBox](self.box)  # a forked child leaves the parent's model alone
+        with nogil:
+            self.box.reset()
+
+    def __call__(self):
+        """The bytes that each token adds to a text, the tokens that add none, those that end a text, a tokenizer."""
+        cdef const llama_vocab * vocab = self.box.get().vocab()
+        cdef llama_token token
+        pieces, special, ends = [], [], []
+        for token in range(llama_vocab_n_tokens(vocab)):
+            piece = <bytes> self.box.get().piece(token, False)
+            ends_text = llama_vocab_is_eog(vocab, token)
+            if ends_text:
+                ends.append(token)
+            if ends_text or not piece:
+                special.append(token)
+                piece = <bytes> self.box.get().piece(token, True) or b"<%d>" % token
+            pieces.append(piece)
+        return pieces, special, ends, self.encode
+
+    def encode(self, text):
+        """The tokens of a text."""
+        cdef string data = text.encode("utf-8", "replace")
+        cdef vector[llama_token] tokens
+        cdef string message
+        cdef Status status
+        cdef Call call
+        with nogil:
+            status = self.box.get().tokenize(data, False, False, call, tokens, message)
+        if status != Status.Done:
+            raise ValueError(f"the text cannot be tokenized: {text_of(message)}")
+        return tokens
 
 
 cdef double _bias(value) except? -1e300:

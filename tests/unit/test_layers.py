@@ -15,7 +15,7 @@ NATIVE = PACKAGE / "_native"
 # What a module may import of the package. A module that is not listed is on the ground floor.
 GROUND = {"errors"}
 CORE = {"_cancel", "outcome", "_params", "batch", *GROUND}
-NATIVE_CORE = {"_library", "_llama", "_model", "_result", "_context", "_memory", "_sampler", *CORE}
+NATIVE_CORE = {"_library", "_llama", "_model", "_result", "_context", "_memory", "_sampler", "constraint", *CORE}
 ENGINE = {"scheduler", "text", "usage", "views", "work", "generation", "runner", "core", *NATIVE_CORE}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": {"_cancel"},  # for annotations alone: see the test
@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_model": {"_lib", "_llama", "_context", *CORE},
     "_result": {"_lib", *GROUND},
     "_context": {"_lib", "_llama", "_model", "_result", "_memory", *CORE},
-    "_sampler": {"_lib", "_llama", "_model", "_context", *CORE},
+    "constraint": {"constraint"},
+    "_sampler": {"_lib", "_llama", "_model", "_context", "constraint", *CORE},
     "_memory": {"_lib", "_llama", "_model", "_context", *CORE},
     "_library": {"_llama"},
     "_lib": {"_lib"},

@@ -207,6 +207,7 @@ cdef extern from "sampler.hpp" namespace "llamacancel" nogil:
     struct Draw:
         llama_sampler * chain
         const float * logits
+        const uint32_t * mask
         Call call
         Status status
         llama_token token

@@ -223,6 +223,9 @@ void check_grammar(const llama_vocab * vocab, const std::string & text, const st
 // others wait.
 constexpr uint64_t kGrammarSteps = 16'000'000;
 
+constexpr const char * kNoneLeft =
+    "no token of the vocabulary is left to choose: the grammar, the constraint or the biases exclude them all";
+
 constexpr const char * kTooAmbiguous =
     "the grammar is too ambiguous: there are too many ways to read what was written so far, or to go on";
 
@@ -249,22 +252,26 @@ void sample(Draw & draw, int32_t n_vocab) {
     draw.status = guarded(draw.call, draw.message, [&] {
         const std::unique_ptr<llama_token_data[]> candidates(new llama_token_data[n_vocab]);  // not zeroed first
         bool numbers = true;
+        size_t n = 0;
         for (llama_token id = 0; id < n_vocab; ++id) {
-            candidates[id] = {id, draw.logits[id], 0.0f};
+            candidates[n] = {id, draw.logits[id], 0.0f};
             numbers &= draw.logits[id] < INFINITY;
+            n += !draw.mask || (draw.mask[id / 32] >> (id % 32) & 1);
         }
         if (!numbers) {
             throw std::runtime_error("the logits are not numbers: there are NaNs or infinities among them");
         }
-        llama_token_data_array array = {candidates.get(), static_cast<size_t>(n_vocab), -1, false};
+        if (n == 0) {
+            throw std::runtime_error(kNoneLeft);
+        }
+        llama_token_data_array array = {candidates.get(), n, -1, false};
         llama_sampler_apply(draw.chain, &array);
         if (array.selected < 0 || array.selected >= static_cast<int64_t>(array.size)) {
             throw std::runtime_error("the sampler selected no token");
         }
         const llama_token_data & chosen = array.data[array.selected];
         if (std::isinf(chosen.logit) && chosen.logit < 0) {
-            throw std::runtime_error(
-                "no token of the vocabulary is left to choose: the grammar or the biases exclude them all");
+            throw std::runtime_error(kNoneLeft);
         }
         draw.token = chosen.id;
     });
