@@ -19,6 +19,6 @@ cdef class Context:
     cdef int _acquire(self, Call * call, Interrupt interrupt, str what, batch=*, token=*) except -1
     cdef int _check_seq(self, seq_id) except -1
     cdef object _raise_dirty(self, seq_ids)
-    cdef object _run(self, batch, token, on_cancel, abort_when, abort_at, bint encoding)
+    cdef object _run(self, batch, token, on_cancel, when_shared, bint encoding)
     # The output row's logits; valid until the next call. The caller holds the context.
     cdef const float * _logits_of(self, int32_t i) except NULL

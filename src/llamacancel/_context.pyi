@@ -68,8 +68,7 @@ class Context:
         token: CancelToken | dict[int, CancelToken] | None = None,
         *,
         on_cancel: Literal["rollback", "keep"] = "rollback",
-        abort_when: Literal["all", "majority", "any"] = "all",
-        abort_at: Literal["node", "ubatch"] = "node",
+        when_shared: Literal["finish", "stop"] = "finish",
     ) -> DecodeResult: ...
     def encode(self, batch: Batch, token: CancelToken | dict[int, CancelToken] | None = None) -> DecodeResult: ...
     def logits(self, i: int = -1) -> NDArray[np.float32]: ...

@@ -40,11 +40,9 @@ from .errors import (
 from .outcome import cancelled_error
 
 cdef dict _ON_CANCEL = {"rollback": 0, "keep": 1}
-cdef dict _ABORT_WHEN = {"all": 0, "majority": 1, "any": 2}
-cdef dict _ABORT_AT = {"node": 0, "ubatch": 1}
+cdef dict _WHEN_SHARED = {"finish": 0, "stop": 1}
 cdef str _ROLLBACK = "rollback"
-cdef str _ALL = "all"
-cdef str _NODE = "node"
+cdef str _FINISH = "finish"
 cdef int _LARGEST_UBATCH = 512  # on a CPU nothing is gained beyond
 
 
@@ -254,7 +252,7 @@ cdef class Context:
 
     # -- decode
 
-    def decode(self, batch, token=None, *, on_cancel="rollback", abort_when="all", abort_at="node"):
+    def decode(self, batch, token=None, *, on_cancel="rollback", when_shared="finish"):
         """Compute a batch; stop when `token` is cancelled.
 
         Args:
@@ -263,13 +261,12 @@ cdef class Context:
                 requests share. An already cancelled token starts no work.
             on_cancel: What a cancelled call leaves. "rollback": the context as before the call, to the bit.
                 "keep": the rows that were completed; the call can be resumed with the rest.
-            abort_when: With tokens of sequences, when the whole call is to stop: when "all" of its rows are
-                cancelled, a "majority", or "any". Until then the call goes on for the others, without the
-                cancelled rows.
-            abort_at: Where a call that keeps stops then, if some of its rows are still wanted: at the next "node" of
-                the graph, so that the ubatch that is being computed is lost, or after this "ubatch"; after the last
-                one the call is through. A ubatch whose rows are all cancelled stops at once, also where a call that
-                keeps goes on for the others.
+            when_shared: With a token for each sequence, what happens once some of them are cancelled, but not all.
+                "finish": the call goes on for those who stay, without the cancelled rows. "stop": it returns at the
+                next place that costs those who stay nothing, and tells who they are. With "keep" that is the end of
+                the ubatch that is being computed; after the last one the call is through. With "rollback", which
+                leaves them nothing anyway, it is at once. A ubatch that nobody wants any more is stopped at once, also
+                where a call that keeps goes on for the others.
 
         Returns:
             A `DecodeResult`; `logits()` and `embeddings()` give the outputs.
@@ -284,7 +281,7 @@ cdef class Context:
             DecodeFailedError: If llama.cpp failed. The context is as before, but for one whose RPC server was lost: the
                 text says so, and it can only be closed.
         """
-        return self._run(batch, token, on_cancel, abort_when, abort_at, False)
+        return self._run(batch, token, on_cancel, when_shared, False)
 
     def encode(self, batch, token=None):
         """Run the encoder of a model that has one; `decode` then attends to its output.
@@ -292,21 +289,18 @@ cdef class Context:
         Args, Returns and Raises as for `decode`. The batch is computed in one piece. What the decoder holds of its
         sequences belongs to the encoding before: remove it from the memory first.
         """
-        return self._run(batch, token, _ROLLBACK, _ALL, _NODE, True)
+        return self._run(batch, token, _ROLLBACK, _FINISH, True)
 
-    cdef object _run(self, batch, token, on_cancel, abort_when, abort_at, bint encoding):
+    cdef object _run(self, batch, token, on_cancel, when_shared, bint encoding):
         cdef str what = "encode" if encoding else "decode"
         if not isinstance(batch, Batch):
             raise TypeError(f"batch must be a Batch, not {type(batch).__name__}")
         cdef OnCancel keep = OnCancel.Rollback
-        cdef AbortWhen when = AbortWhen.All
-        cdef AbortAt where = AbortAt.Node
+        cdef WhenShared when = WhenShared.Finish
         if on_cancel is not _ROLLBACK:
             keep = <OnCancel> <int> _params.choice("on_cancel", on_cancel, _ON_CANCEL)
-        if abort_when is not _ALL:
-            when = <AbortWhen> <int> _params.choice("abort_when", abort_when, _ABORT_WHEN)
-        if abort_at is not _NODE:
-            where = <AbortAt> <int> _params.choice("abort_at", abort_at, _ABORT_AT)
+        if when_shared is not _FINISH:
+            when = <WhenShared> <int> _params.choice("when_shared", when_shared, _WHEN_SHARED)
         cdef _View view = _view_of(batch)
         cdef cppmap[llama_seq_id, shared_ptr[TokenState]] tokens
         cdef Call call
@@ -315,7 +309,7 @@ cdef class Context:
                 if not isinstance(each, CancelToken):
                     raise TypeError(f"the token of sequence {seq_id} must be a CancelToken, not {type(each).__name__}")
                 tokens[_params.integer("a sequence id", seq_id, -2**31, 2**31 - 1)] = state_of(each)
-            call = shared_call(view.batch, tokens, when, where if keep == OnCancel.Keep else AbortAt.Node)
+            call = shared_call(view.batch, tokens, when, keep)
         else:
             call = Call(state_of(token))
         cdef Interrupt interrupt = watch_signals(call)

@@ -174,10 +174,8 @@ class Runner:
         tokens = {rows.slot: self.works[rows.request.id].token_until(self.stop) for rows in planned}
         began = time.perf_counter()
         try:
-            when = "all" if plan.whole else "any"
-            result = self._compute(
-                self.context, self._batch, tokens, on_cancel="keep", abort_when=when, abort_at="ubatch"
-            )
+            when = "finish" if plan.whole else "stop"
+            result = self._compute(self.context, self._batch, tokens, on_cancel="keep", when_shared=when)
         except DecodeCancelled as error:
             told, outcome.rows_done = error.sequences, error.rows_done
             outcome.aborted = self.stop.cancelled

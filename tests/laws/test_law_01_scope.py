@@ -98,8 +98,8 @@ def test_a_deadline_of_the_parent_bounds_the_child(new_context: NewContext) -> N
 def test_a_token_of_a_sequence_that_is_not_in_the_batch_reaches_nothing(arch: str, pair: Pair) -> None:
     context, twin = pair(arch)
     rows = batch((tokens(40), 0, 0), (tokens(30, 1), 0, 1))
-    for abort_when in ("all", "majority", "any"):
-        result = context.decode(rows, {2: dead()}, abort_when=abort_when)
+    for when_shared in ("finish", "stop"):
+        result = context.decode(rows, {2: dead()}, when_shared=when_shared)
         assert result.survivors == [0, 1]
         assert list(result.sequences) == [0, 1]
         assert same_bits(context.logits(69), decode(twin, rows)[69])

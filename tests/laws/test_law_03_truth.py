@@ -92,9 +92,9 @@ def test_a_cancel_before_the_deadline_is_no_deadline(new_context: NewContext) ->
     assert error.cause is lc.Cause.CLIENT
 
 
-@pytest.mark.parametrize(("abort_when", "stopped_by"), [("any", "0"), ("majority", "1"), ("all", "2")])
-def test_the_verdict_of_a_stopped_shared_call_is_that_of_the_cancel_with_which_enough_rows_were_cancelled(
-    abort_when: str, stopped_by: str, new_context: NewContext
+@pytest.mark.parametrize(("when_shared", "stopped_by"), [("stop", "0"), ("finish", "2")])
+def test_the_verdict_of_a_stopped_shared_call_is_that_of_the_first_cancel_or_of_the_one_that_left_nobody(
+    when_shared: str, stopped_by: str, new_context: NewContext
 ) -> None:
     three = [lc.CancelToken() for _ in range(3)]
     for i, token in enumerate(three):
@@ -103,7 +103,7 @@ def test_the_verdict_of_a_stopped_shared_call_is_that_of_the_cancel_with_which_e
     for order in itertools.permutations(range(3)):
         context = new_context("llama", n_seq_max=3)
         rows = batch(*((tokens(9), 0, seq) for seq in range(3)))
-        error = cancelled(context, rows, {seq: three[i] for seq, i in enumerate(order)}, abort_when=abort_when)
+        error = cancelled(context, rows, {seq: three[i] for seq, i in enumerate(order)}, when_shared=when_shared)
         assert error is not None
         assert (error.cause, error.reason) == (lc.Cause.SHUTDOWN, stopped_by)
 
@@ -224,7 +224,7 @@ def test_a_shared_call_that_is_stopped_names_the_survivors(new_context: NewConte
     context = new_context("llama", n_ubatch=8, n_seq_max=3)
     rows = batch((tokens(20), 0, 0), (tokens(20), 0, 1), (tokens(20), 0, 2))
     living = lc.CancelToken()
-    error = cancelled(context, rows, {0: dead(), 1: living, 2: dead()}, abort_when="majority")
+    error = cancelled(context, rows, {0: dead(), 1: living, 2: dead()}, when_shared="stop")
     assert error is not None
     assert error.survivors == [1]
     assert {seq: outcome.cancelled for seq, outcome in error.sequences.items()} == {0: True, 1: False, 2: True}
@@ -257,8 +257,8 @@ def test_a_wrong_argument_is_named(new_context: NewContext) -> None:
     rows = batch((tokens(4), 0, 0))
     with pytest.raises(ValueError, match="on_cancel"):
         context.decode(rows, on_cancel="forget")
-    with pytest.raises(ValueError, match="abort_when"):
-        context.decode(rows, {}, abort_when="some")
+    with pytest.raises(ValueError, match="when_shared"):
+        context.decode(rows, {}, when_shared="some")
     with pytest.raises(TypeError, match="token"):
         context.decode(rows, "now")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="sequence 0"):

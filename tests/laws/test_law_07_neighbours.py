@@ -153,44 +153,42 @@ def test_an_embedding_batch_leaves_out_a_cancelled_sequence(new_context: NewCont
         context.pooled_embeddings(0)
 
 
-# ---- abort_when ------------------------------------------------------------------------------------------------
+# ---- when_shared -----------------------------------------------------------------------------------------------
 
 # Rows of sequences 0, 1, 2; the sequences without a token; those cancelled; and what stops the call.
-COUNTS: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], set[str]]] = [
+GONE: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], set[str]]] = [
     ((8, 8, 8), (), (), set()),
-    ((8, 8, 8), (), (1,), {"any"}),
-    ((8, 8, 8), (), (0, 2), {"any", "majority"}),
-    ((8, 8, 8), (), (0, 1, 2), {"any", "majority", "all"}),
-    ((20, 3, 3), (), (0,), {"any", "majority"}),  # rows are counted, not sequences
-    ((20, 3, 3), (), (1, 2), {"any"}),
-    ((10, 5, 5), (), (0,), {"any"}),  # half is no majority
-    ((10, 5, 4), (), (0,), {"any", "majority"}),
-    ((8, 8, 8), (2,), (0, 1), {"any", "majority"}),  # without a token, never cancelled
-    ((3, 3, 20), (2,), (0, 1), {"any"}),
+    ((8, 8, 8), (), (1,), {"stop"}),
+    ((8, 8, 8), (), (0, 2), {"stop"}),
+    ((8, 8, 8), (), (0, 1, 2), {"stop", "finish"}),
+    ((20, 3, 3), (), (0,), {"stop"}),  # however many rows are gone
+    ((20, 3, 3), (), (1, 2), {"stop"}),
+    ((8, 8, 8), (2,), (0, 1), {"stop"}),  # without a token, never cancelled
+    ((3, 3, 20), (2,), (0, 1), {"stop"}),
     ((8, 8, 8), (0, 1, 2), (), set()),
 ]
 
 
 @pytest.mark.parametrize("arch", ["llama", "mamba"])
-@pytest.mark.parametrize("abort_when", ["all", "majority", "any"])
-def test_the_rows_of_cancelled_sequences_decide_whether_the_call_stops(
-    arch: str, abort_when: str, new_context: NewContext
+@pytest.mark.parametrize("when_shared", ["finish", "stop"])
+def test_a_shared_call_goes_on_for_those_who_stay_or_stops(
+    arch: str, when_shared: str, new_context: NewContext
 ) -> None:
     context = new_context(arch, n_seq_max=3, n_ubatch=8)
-    for sizes, without, gone, stops in COUNTS:
+    for sizes, without, gone, stops in GONE:
         context.memory.clear()
         rows = batch(*((tokens(n, seq), 0, seq) for seq, n in enumerate(sizes)), logits="last")
         given = {seq: dead() if seq in gone else lc.CancelToken() for seq in range(3) if seq not in without}
         left = [seq for seq in range(3) if seq not in gone]
-        if abort_when in stops:
-            error = cancelled(context, rows, given, abort_when=abort_when)
+        if when_shared in stops:
+            error = cancelled(context, rows, given, when_shared=when_shared)
             assert error is not None
             assert error.survivors == left
             assert error.rows_done == 0
             assert all(outcome.state == "rolled_back" for outcome in error.sequences.values())
             assert set(holds(context).values()) == {(-1, -1)}
         else:
-            result = context.decode(rows, given, abort_when=abort_when)
+            result = context.decode(rows, given, when_shared=when_shared)
             assert result.survivors == left
             assert result.rows_done == sum(sizes[seq] for seq in left)
             assert {seq: last for seq, (_, last) in holds(context).items()} == {
@@ -198,11 +196,11 @@ def test_the_rows_of_cancelled_sequences_decide_whether_the_call_stops(
             }
 
 
-@pytest.mark.parametrize("abort_when", ["all", "majority", "any"])
-def test_one_token_for_all_sequences_stops_the_whole_call(abort_when: str, new_context: NewContext) -> None:
+@pytest.mark.parametrize("when_shared", ["finish", "stop"])
+def test_one_token_for_all_sequences_stops_the_whole_call(when_shared: str, new_context: NewContext) -> None:
     context, token = new_context("llama", n_seq_max=2), dead()
     rows = batch((tokens(8), 0, 0), (tokens(8), 0, 1))
-    error = cancelled(context, rows, {0: token, 1: token}, abort_when=abort_when)
+    error = cancelled(context, rows, {0: token, 1: token}, when_shared=when_shared)
     assert error is not None
     assert error.survivors == []
     assert error.reason == "long ago"
@@ -348,28 +346,26 @@ def test_with_keep_a_ubatch_that_nobody_wants_is_stopped_at_once_and_the_call_go
 def test_a_call_that_stops_after_a_ubatch_loses_nothing_that_somebody_wants(arch: str, pair: Pair) -> None:
     context, twin = pair(arch, n_seq_max=2)
     rows = woven((tokens(40, 3), 0, 0), (tokens(40, 4), 0, 1))
-    stops: dict[str, Any] = {"on_cancel": "keep", "abort_when": "any"}
+    stops: dict[str, Any] = {"on_cancel": "keep", "when_shared": "stop"}
     with Clock() as clock:
         expected = decode(twin, rows, {0: lc.CancelToken(), 1: lc.CancelToken()}, **stops)
     after = one_more(twin)
 
-    def stopped(at: int, abort_at: str, *gone: int) -> tuple[lc.DecodeCancelled, int]:
+    def stopped(at: int, *gone: int) -> tuple[lc.DecodeCancelled, int]:
         context.memory.clear()
         given = {seq: lc.CancelToken() for seq in range(2)}
         with in_the_middle(lambda: [given[seq].cancel() for seq in gone], at=at) as clock:
-            error = cancelled(context, rows, given, abort_at=abort_at, **stops)
+            error = cancelled(context, rows, given, **stops)
         assert error is not None
         assert error.survivors == [seq for seq in range(2) if seq not in gone]
         assert _agrees(context, error.sequences)
         return error, clock.readings - at
 
     for at in range(clock.readings // 9, clock.readings * 4 // 5, clock.readings // 7):
-        at_once, looks = stopped(at, "node", 1)
+        all_gone, looks = stopped(at, 0, 1)
         assert looks < FEW
-        all_gone, looks = stopped(at, "ubatch", 0, 1)
-        assert looks < FEW
-        later, _ = stopped(at, "ubatch", 1)
-        assert later.rows_done == at_once.rows_done + 8 == all_gone.rows_done + 8
+        later, _ = stopped(at, 1)
+        assert later.rows_done == all_gone.rows_done + 8
         ends = {seq: outcome.end for seq, outcome in later.sequences.items()}
         kept = [row for row in range(80) if rows.positions[row] < ends[rows.seq_ids(row)[0]]]
         assert len(kept) == later.rows_done
@@ -387,7 +383,7 @@ def test_a_call_that_keeps_nothing_waits_for_no_ubatch(arch: str, pair: Pair) ->
     _past(twin)
     token = lc.CancelToken()
     with in_the_middle(token.cancel) as clock:
-        error = cancelled(context, rows, {0: lc.CancelToken(), 1: token}, abort_when="any", abort_at="ubatch")
+        error = cancelled(context, rows, {0: lc.CancelToken(), 1: token}, when_shared="stop")
     assert error is not None
     assert clock.readings - 40 < FEW
     assert (error.survivors, error.rows_done) == ([0], 0)
@@ -434,9 +430,8 @@ def test_texts_that_are_computed_in_one_piece_stop_with_the_last_of_them(new_con
 
 @pytest.mark.parametrize("arch", GENERATIVE)
 @layouts
-@pytest.mark.parametrize("abort_when", ["any", "majority"])
 def test_a_stopped_call_tells_the_survivors_who_alone_get_their_bits_when_it_is_run_again(
-    arch: str, layout: Layout, abort_when: str, pair: Pair, readings: Readings
+    arch: str, layout: Layout, pair: Pair, readings: Readings
 ) -> None:
     context, twin = pair(arch)
     parts = [(tokens(20, 10), 20, 0), (tokens(60, 11), 21, 1), (tokens(16, 12), 22, 2)]
@@ -446,7 +441,7 @@ def test_a_stopped_call_tells_the_survivors_who_alone_get_their_bits_when_it_is_
     _past(context)
     _past(twin)
     with deadline_at(whole // 2):
-        error = cancelled(context, rows, given, abort_when=abort_when)
+        error = cancelled(context, rows, given, when_shared="stop")
     assert isinstance(error, lc.DeadlineExceeded)
     assert error.survivors == [0, 2]
     assert [outcome.cancelled for outcome in error.sequences.values()] == [False, True, False]
@@ -489,13 +484,14 @@ def test_rows_that_two_sequences_share_survive_with_one_of_them(
 def test_shared_rows_count_as_cancelled_only_when_all_their_sequences_are(arch: str, new_context: NewContext) -> None:
     context = new_context(arch, n_seq_max=3)
     rows = batch((tokens(24, 1), 0, (0, 1)), (tokens(4, 2), 0, 2))
-    result = context.decode(rows, {0: dead(), 1: lc.CancelToken(), 2: dead()}, abort_when="majority")
+    rows_of_0_and_1 = batch((tokens(24, 1), 0, (0, 1)))
+    result = context.decode(rows_of_0_and_1, {0: dead(), 1: lc.CancelToken()}, when_shared="stop")
     assert result.survivors == [1]
     assert {seq: last for seq, (_, last) in holds(context).items()} == {0: -1, 1: 23, 2: -1}
     context.memory.clear()
-    error = cancelled(context, rows, {0: dead(), 1: dead(), 2: lc.CancelToken()}, abort_when="majority")
+    error = cancelled(context, rows, {0: dead(), 1: dead(), 2: lc.CancelToken()}, when_shared="stop")
     assert error is not None
     assert error.survivors == [2]
-    result = context.decode(rows, {0: dead(), 2: lc.CancelToken()}, abort_when="any")  # 1 has no token
-    assert result.survivors == [1, 2]
-    assert outputs(context, rows).shape[0] == 28
+    result = context.decode(rows_of_0_and_1, {0: dead()}, when_shared="stop")  # 1 has no token
+    assert result.survivors == [1]
+    assert outputs(context, rows_of_0_and_1).shape[0] == 24

@@ -404,7 +404,7 @@ def test_a_call_that_is_cancelled_while_it_waits_tells_of_its_sequences(
     context, flight = busy("llama")
     gone, there = lc.CancelToken(), far()
     rows = batch((tokens(3), 60, 0), (tokens(2), 4, 1))
-    waiting = [Flight(lambda: context.decode(rows, {0: gone, 1: there}, abort_when="any"), at=NEVER),
+    waiting = [Flight(lambda: context.decode(rows, {0: gone, 1: there}, when_shared="stop"), at=NEVER),
                Flight(lambda: context.decode(rows, gone), at=NEVER)]  # fmt: skip
     with flight:
         for each in waiting:

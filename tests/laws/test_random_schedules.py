@@ -42,8 +42,7 @@ class Decode:
     seed: int
     weave: bool
     on_cancel: str
-    abort_when: str
-    abort_at: str
+    when_shared: str
     whole: int | None  # when one token for all is cancelled
     each: dict[int, int] = field(default_factory=dict)  # when tokens of single sequences are
 
@@ -85,8 +84,7 @@ def decodes(shared: bool) -> st.SearchStrategy[Decode]:
         seed=st.integers(0, 99),
         weave=st.booleans(),
         on_cancel=st.sampled_from(["rollback", "keep"]),
-        abort_when=st.sampled_from(["all", "majority", "any"]),
-        abort_at=st.sampled_from(["node", "ubatch"]),
+        when_shared=st.sampled_from(["finish", "stop"]),
         whole=st.none() if shared else st.one_of(st.none(), moments),
         each=st.dictionaries(seqs, moments, max_size=N_SEQ) if shared else st.just({}),
     )
@@ -166,9 +164,7 @@ class Pair:
         before = holds(self.context)
         try:
             with Clock(step=AHEAD):
-                told = self.context.decode(
-                    rows, token, on_cancel=step.on_cancel, abort_when=step.abort_when, abort_at=step.abort_at
-                )
+                told = self.context.decode(rows, token, on_cancel=step.on_cancel, when_shared=step.when_shared)
         except lc.DecodeCancelled as error:
             self.cancels += 1
             for seq, outcome in error.sequences.items():

@@ -10,14 +10,14 @@
 using namespace llamacancel;
 using Ptr = TokenState::Ptr;
 
-// Four tokens that speak for 1, 2, 3 and 4 of ten rows.
+// Four tokens, each of which speaks for some rows.
 struct Rows {
     std::vector<Ptr> tokens;
     std::vector<Call::Watch> watches;
     Rows() {
-        for (uint32_t rows = 1; rows <= 4; ++rows) {
+        for (int i = 0; i < 4; ++i) {
             tokens.push_back(TokenState::make());
-            watches.push_back({tokens.back(), rows});
+            watches.push_back({tokens.back()});
         }
     }
     void cancel(int i) { tokens[i]->cancel(Cause::Client, std::to_string(i)); }
@@ -35,7 +35,7 @@ TEST("a call without tokens goes on") {
     Call none{Ptr()};
     CHECK(!none.should_stop());
     CHECK(none.verdict() == nullptr);
-    Call empty({}, 0, AbortWhen::All);
+    Call empty({}, true, WhenShared::Finish, false);
     CHECK(!empty.should_stop());
 }
 
@@ -66,9 +66,9 @@ TEST("a call stops at its token's deadline") {
     CHECK(call.verdict()->cause == Cause::Deadline);
 }
 
-TEST("abort_when all: the call stops with the last row") {
+TEST("finish: the call stops with the last of its rows") {
     Rows rows;
-    Call call(rows.watches, 10, AbortWhen::All);
+    Call call(rows.watches, true, WhenShared::Finish, false);
     for (int i = 3; i > 0; --i) {
         rows.cancel(i);
         CHECK(!call.should_stop());
@@ -77,43 +77,28 @@ TEST("abort_when all: the call stops with the last row") {
     CHECK(call.should_stop());
 }
 
-TEST("abort_when all: rows without a token keep the call going") {
+TEST("finish: rows without a token keep the call going") {
     Rows rows;
-    Call call(rows.watches, 11, AbortWhen::All);
+    Call call(rows.watches, false, WhenShared::Finish, false);
     for (int i = 0; i < 4; ++i) {
         rows.cancel(i);
     }
     CHECK(!call.should_stop());
 }
 
-TEST("abort_when majority: the call stops with more than half of the rows") {
+TEST("stop: the call stops with the first row, and at once if it keeps nothing") {
     Rows rows;
-    Call call(rows.watches, 10, AbortWhen::Majority);
-    rows.cancel(3);
-    CHECK(!call.should_stop());  // 4 of 10
+    Call call(rows.watches, false, WhenShared::Stop, false);
+    call.begin_ubatch({});
+    CHECK(!call.should_stop_inside());
     rows.cancel(0);
-    CHECK(!call.should_stop());  // 5 of 10: half is not most
-    rows.cancel(1);
-    CHECK(call.should_stop());  // 7 of 10
-    Rows odd;
-    Call three({{odd.tokens[0], 1}, {odd.tokens[1], 1}, {odd.tokens[2], 1}}, 3, AbortWhen::Majority);
-    odd.cancel(0);
-    CHECK(!three.should_stop());
-    odd.cancel(1);
-    CHECK(three.should_stop());
+    CHECK(call.should_stop_inside());
+    CHECK(call.stopped());
 }
 
-TEST("abort_when any: the call stops with the first row") {
+TEST("stop: in a call that keeps, what some rows still want stops between two ubatches only, and all of it at once") {
     Rows rows;
-    Call call(rows.watches, 100, AbortWhen::Any);
-    CHECK(!call.should_stop());
-    rows.cancel(0);
-    CHECK(call.should_stop());
-}
-
-TEST("abort_at ubatch: what some rows still want stops between two ubatches only, and all of it at once") {
-    Rows rows;
-    Call call(rows.watches, 10, AbortWhen::Any, AbortAt::Ubatch);
+    Call call(rows.watches, true, WhenShared::Stop, true);
     call.begin_ubatch({});
     for (int i = 0; i < 3; ++i) {
         rows.cancel(i);
@@ -123,7 +108,7 @@ TEST("abort_at ubatch: what some rows still want stops between two ubatches only
     CHECK(call.should_stop_inside());
     CHECK(call.stopped());
     Rows others;
-    Call between(others.watches, 10, AbortWhen::Any, AbortAt::Ubatch);
+    Call between(others.watches, true, WhenShared::Stop, true);
     others.cancel(2);
     between.begin_ubatch({});
     CHECK(!between.should_stop_inside());
@@ -133,7 +118,7 @@ TEST("abort_at ubatch: what some rows still want stops between two ubatches only
 
 TEST("a ubatch stops once nobody wants it, and the call goes on") {
     Rows rows;
-    Call call(rows.watches, 10, AbortWhen::All);
+    Call call(rows.watches, true, WhenShared::Finish, true);
     call.begin_ubatch({rows.tokens[1].get(), rows.tokens[2].get()});
     rows.cancel(1);
     CHECK(!call.should_stop_inside());
@@ -153,20 +138,10 @@ TEST("a ubatch stops once nobody wants it, and the call goes on") {
     CHECK(call.stopped());
 }
 
-TEST("a majority stops a ubatch that somebody wants") {
-    Rows rows;
-    Call call(rows.watches, 10, AbortWhen::Majority);
-    call.begin_ubatch({rows.tokens[0].get()});
-    rows.cancel(3);
-    rows.cancel(2);
-    CHECK(call.should_stop_inside());
-    CHECK(call.stopped());
-}
-
 TEST("an interrupt stops a ubatch and with it the call") {
     std::pair<int, bool> hook{0, true};
     Rows rows;
-    Call call(rows.watches, 10, AbortWhen::Any, AbortAt::Ubatch);
+    Call call(rows.watches, true, WhenShared::Stop, true);
     call.set_interrupt(answer, &hook);
     call.begin_ubatch({rows.tokens[0].get()});
     CHECK(!call.should_stop_inside());
@@ -176,23 +151,21 @@ TEST("an interrupt stops a ubatch and with it the call") {
     CHECK(call.stopped_by_interrupt());
 }
 
-TEST("a call's verdict is the one with which enough rows were cancelled, whatever their order in the list") {
+TEST("a call's verdict is the first, or the one that left nobody, whatever their order in the list") {
     Rows rows;
-    Call any(rows.watches, 10, AbortWhen::Any), majority(rows.watches, 10, AbortWhen::Majority);
-    Call all(rows.watches, 10, AbortWhen::All);
+    Call any(rows.watches, true, WhenShared::Stop, true), all(rows.watches, true, WhenShared::Finish, true);
     for (int i : {2, 3, 0, 1}) {
         CHECK(all.verdict() == nullptr);
         advance(1);
         rows.cancel(i);
     }
     CHECK(any.verdict()->reason == "2");
-    CHECK(majority.verdict()->reason == "3");
     CHECK(all.verdict()->reason == "1");
 }
 
 TEST("rows of several tokens are cancelled with the last of them") {
     Rows rows;
-    Call call({{rows.tokens[0], 1, {rows.tokens[1], rows.tokens[2]}}}, 1, AbortWhen::All);
+    Call call({{rows.tokens[0], {rows.tokens[1], rows.tokens[2]}}}, true, WhenShared::Finish, true);
     for (int i : {1, 2, 0}) {
         CHECK(call.verdict() == nullptr);
         advance(1);

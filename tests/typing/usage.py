@@ -59,7 +59,7 @@ def contexts(model: lc.Model, adapter: lc.LoraAdapter, token: lc.CancelToken) ->
         assert_type(batch.add_sequence([1, 2], pos=1, logits="all"), range)
         assert_type(batch.tokens, NDArray[np.int32] | None)
         assert_type(len(batch), int)
-        result = ctx.decode(batch, {0: token}, on_cancel="keep", abort_when="majority", abort_at="ubatch")
+        result = ctx.decode(batch, {0: token}, on_cancel="keep", when_shared="stop")
         assert_type(result, lc.DecodeResult)
         assert_type(result.sequences, dict[int, lc.SequenceOutcome])
         assert_type(result.sequences[0].state, Literal["completed", "rolled_back", "kept", "dirty"])

@@ -17,14 +17,9 @@ from .token cimport TokenState, Verdict
 
 
 cdef extern from "call.hpp" namespace "llamacancel" nogil:
-    enum class AbortWhen (uint8_t):
-        All
-        Majority
-        Any
-
-    enum class AbortAt (uint8_t):
-        Node
-        Ubatch
+    enum class WhenShared (uint8_t):
+        Finish
+        Stop
 
     cppclass Call:
         Call() noexcept
@@ -137,7 +132,7 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         bool interrupted
 
     Call shared_call(const BatchView & batch, const cppmap[llama_seq_id, shared_ptr[TokenState]] & tokens,
-                     AbortWhen when, AbortAt at) except +
+                     WhenShared when, OnCancel on_cancel) except +
 
     cppclass ModelBox:
         @staticmethod

@@ -99,7 +99,7 @@ using SequenceTokens = std::map<llama_seq_id, TokenState::Ptr>;
 
 // The call of a batch whose sequences have tokens of their own. A row is cancelled when all its sequences are;
 // a row with a sequence that has no token never is.
-Call shared_call(const BatchView & batch, const SequenceTokens & tokens, AbortWhen when, AbortAt at);
+Call shared_call(const BatchView & batch, const SequenceTokens & tokens, WhenShared when, OnCancel on_cancel);
 
 struct SequenceResult {
     llama_seq_id seq;

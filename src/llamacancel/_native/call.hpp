@@ -14,10 +14,8 @@
 
 namespace llamacancel {
 
-enum class AbortWhen : uint8_t { All, Majority, Any };
-
-// Where a call stops that some of its rows still want: in the middle of a ubatch, or before the next one.
-enum class AbortAt : uint8_t { Node, Ubatch };
+// What a call does once some of its rows are cancelled: it goes on for the others, or it stops where that costs them nothing.
+enum class WhenShared : uint8_t { Finish, Stop };
 
 // Asked on the calling thread at most every `kHookInterval`; true stops the call. Used for Ctrl-C.
 using InterruptHook = bool (*)(void *);
@@ -25,10 +23,9 @@ constexpr int64_t kHookInterval = 50'000'000;
 
 class alignas(64) Call {
 public:
-    // Rows of the batch, and the token that speaks for them: all of them, where the rows belong to several.
+    // The token that speaks for some rows of the batch: all of them, where the rows belong to several.
     struct Watch {
         TokenState::Ptr token;
-        uint32_t rows;
         std::vector<TokenState::Ptr> also = {};
 
         bool cancelled() const noexcept {
@@ -62,17 +59,17 @@ public:
     explicit Call(TokenState::Ptr token) {
         if (token) {
             only_ = token.get();
-            watches_.push_back({std::move(token), 1, {}});
+            watches_.push_back({std::move(token), {}});
         }
     }
 
-    // A token for each group of rows; rows in no group are never cancelled.
-    Call(std::vector<Watch> watches, uint32_t rows, AbortWhen when, AbortAt at = AbortAt::Node)
-        : all_rows_(std::max(rows, 1u)),
-          rows_needed_(when == AbortWhen::Any        ? 1
-                       : when == AbortWhen::Majority ? rows / 2 + 1
-                                                     : all_rows_),
-          rows_needed_inside_(at == AbortAt::Ubatch ? all_rows_ : rows_needed_),
+    // A token for each group of rows. `every_row`: there is none that belongs to no group, which is never cancelled.
+    // `keeps`: what is completed stays, so that those who stay lose nothing where a ubatch ends. Where nothing of it
+    // stays, any place is as good, and a call that stops does so at once.
+    Call(std::vector<Watch> watches, bool every_row, WhenShared when, bool keeps)
+        : every_row_(every_row),
+          needs_(when == WhenShared::Stop ? Needs::Any : Needs::All),
+          needs_inside_(keeps ? Needs::All : needs_),
           watches_(std::move(watches)) {}
 
     Call(Call &&) = default;
@@ -87,7 +84,7 @@ public:
     // True once the call is to stop, and from then on. Called on the calling thread only, without the GIL.
     bool should_stop() noexcept {
         if (!stopped_) {
-            stopped_ = (only_ ? only_->poll() : cancelled(rows_needed_)) || (hook_ && interrupted());
+            stopped_ = (only_ ? only_->poll() : cancelled(needs_)) || (hook_ && interrupted());
         }
         return stopped_;
     }
@@ -103,8 +100,8 @@ public:
     bool should_stop_inside() noexcept {
         if (!stopped_inside_) {
             // All rows of a call are cancelled no sooner than those of its ubatch: one of the two is looked at.
-            const bool alone = ubatch_.empty() || rows_needed_inside_ < all_rows_;
-            stopped_ = (only_ ? only_->poll() : alone && cancelled(rows_needed_inside_)) || (hook_ && interrupted());
+            const bool alone = ubatch_.empty() || needs_inside_ == Needs::Any;
+            stopped_ = (only_ ? only_->poll() : alone && cancelled(needs_inside_)) || (hook_ && interrupted());
             stopped_inside_ = stopped_ || (!ubatch_.empty() && unwanted());
         }
         return stopped_inside_;
@@ -116,20 +113,16 @@ public:
     int64_t interrupted_at_ns() const noexcept { return interrupted_at_ns_; }
     const std::vector<Watch> & watches() const noexcept { return watches_; }
 
-    // The verdict that stopped the call: the one with which enough rows were cancelled. nullptr if not enough are.
+    // The verdict that stopped the call: the first, or the one with which all rows were cancelled. nullptr if none did.
     const Verdict * verdict() const noexcept {
+        if (!cancelled(needs_)) {
+            return nullptr;
+        }
         const Verdict * stopping = nullptr;
-        for (const Watch & candidate : watches_) {
-            const Verdict * const last = candidate.last_verdict();
-            if (!last || (stopping && stopping->at_ns <= last->at_ns)) {
-                continue;
-            }
-            uint32_t rows = 0;
-            for (const Watch & watch : watches_) {
-                const Verdict * const other = watch.last_verdict();
-                rows += other && other->at_ns <= last->at_ns ? watch.rows : 0;
-            }
-            if (rows >= rows_needed_) {
+        for (const Watch & watch : watches_) {
+            const Verdict * const last = watch.last_verdict();
+            if (last && (!stopping || (needs_ == Needs::Any ? last->at_ns < stopping->at_ns
+                                                            : last->at_ns > stopping->at_ns))) {
                 stopping = last;
             }
         }
@@ -137,12 +130,12 @@ public:
     }
 
 private:
-    bool cancelled(uint32_t rows_needed) const noexcept {
-        uint32_t rows = 0;
-        for (const Watch & watch : watches_) {
-            rows += watch.cancelled() ? watch.rows : 0;
-        }
-        return rows >= rows_needed;
+    enum class Needs : uint8_t { Any, All };  // groups of rows that are cancelled before something stops
+
+    bool cancelled(Needs needs) const noexcept {
+        const auto gone = [](const Watch & watch) { return watch.cancelled(); };
+        return needs == Needs::Any ? std::any_of(watches_.begin(), watches_.end(), gone)
+                                   : every_row_ && !watches_.empty() && std::all_of(watches_.begin(), watches_.end(), gone);
     }
 
     bool unwanted() const noexcept {
@@ -162,9 +155,9 @@ private:
     bool stopped_ = false;
     bool interrupted_ = false;
     bool stopped_inside_ = false;
-    uint32_t all_rows_ = 1;
-    uint32_t rows_needed_ = 1;
-    uint32_t rows_needed_inside_ = 1;
+    bool every_row_ = true;
+    Needs needs_ = Needs::All;
+    Needs needs_inside_ = Needs::All;
     TokenState * only_ = nullptr;  // the token, where the call has a single one
     InterruptHook hook_ = nullptr;
     int64_t next_hook_ns_ = kNever;

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <set>
 
 #include "box.hpp"
 #include "llama-batch.h"
@@ -85,14 +86,14 @@ Chunk whole(const BatchView & batch) {
 
 }  // namespace
 
-Call shared_call(const BatchView & batch, const SequenceTokens & tokens, AbortWhen when, AbortAt at) {
-    std::map<std::vector<llama_seq_id>, uint32_t> groups;  // rows that belong to the same sequences
+Call shared_call(const BatchView & batch, const SequenceTokens & tokens, WhenShared when, OnCancel on_cancel) {
+    std::set<std::vector<llama_seq_id>> groups;  // sequences that rows belong to
     for (int32_t row = 0; row < batch.n_rows; ++row) {
-        ++groups[std::vector<llama_seq_id>(batch.seqs_begin(row), batch.seqs_end(row))];
+        groups.emplace(batch.seqs_begin(row), batch.seqs_end(row));
     }
     std::vector<Call::Watch> watches;
-    for (const auto & [seqs, rows] : groups) {
-        Call::Watch watch{nullptr, rows, {}};
+    for (const auto & seqs : groups) {
+        Call::Watch watch{nullptr, {}};
         for (llama_seq_id seq : seqs) {
             const auto token = tokens.find(seq);
             if (token == tokens.end()) {
@@ -105,7 +106,8 @@ Call shared_call(const BatchView & batch, const SequenceTokens & tokens, AbortWh
             watches.push_back(std::move(watch));
         }
     }
-    return Call(std::move(watches), batch.n_rows, when, at);
+    const bool every_row = watches.size() == groups.size();
+    return Call(std::move(watches), every_row, when, on_cancel == OnCancel::Keep);
 }
 
 // One call from its first ubatch to its report.
