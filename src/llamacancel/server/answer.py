@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import anyio.to_thread
+from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .. import aio
 from .._sampler import Sampler
-from ..errors import ClosedError, DecodeCancelled, LlamaCancelError, QueueFullError
+from ..engine import LONG_TEXT
+from ..errors import ClosedError, DecodeCancelled, QueueFullError
 from ..generation import Piece
-from .errors import ApiError, cancelled, error_body, time_over
+from .errors import ApiError, cancelled, time_over
 from .service import Group, Service
-from .sse import DONE, EventStream
+from .sse import DONE, EventStream, event, json_of
 
 __all__ = ["Choice", "Form", "GenerationResponse", "Job", "failure", "refusals"]
+
+MANY_LOGPROBS = 2000
+"""Log probabilities from which on an answer is written beside the event loop: it takes some milliseconds."""
 
 
 @dataclass
@@ -81,7 +86,7 @@ def refusals(service: Service) -> Iterator[None]:
         headers = {"retry-after": str(service.retry_after())}
         raise ApiError(429, str(error), code="queue_full", headers=headers) from error
     except ClosedError as error:
-        raise ApiError(503, "the server is shutting down", code="shutting_down") from error
+        raise unavailable(error) from error
     except ValueError as error:
         raise ApiError(400, str(error)) from error
 
@@ -114,7 +119,7 @@ class GenerationResponse(Response):
 
     Args:
         service: The app's.
-        request_id: The id of the HTTP request.
+        request: The HTTP request.
         prepare: Tells what to generate, under the request's token.
         form: How to tell it.
         timeout: Seconds for all of it.
@@ -124,7 +129,7 @@ class GenerationResponse(Response):
     def __init__(
         self,
         service: Service,
-        request_id: str,
+        request: Request,
         prepare: Callable[[Group], Awaitable[Job]],
         form: Form,
         *,
@@ -132,23 +137,26 @@ class GenerationResponse(Response):
         stream: bool,
     ) -> None:
         super().__init__()
-        self._service, self._id, self._prepare, self._form = service, request_id, prepare, form
+        self._service, self._request, self._prepare, self._form = service, request, prepare, form
+        self._id: str = request.state.request_id
         self._timeout, self._stream = timeout, stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(OSError):
-            async with self._service.group(self._id, self._form.endpoint, self._timeout, receive) as group:
+            async with self._service.group(self._request, self._form.endpoint, self._timeout) as group:
                 run = _Run(group, await self._prepare(group))
                 group.check()
                 with refusals(self._service):
-                    self._submit(run)
+                    await self._submit(run)
                 await (self._send_stream(run, send) if self._stream else self._send_whole(run, send))
 
-    def _submit(self, run: _Run) -> None:
+    async def _submit(self, run: _Run) -> None:
         """Queue every generation, or none: whoever is refused takes those before it along."""
         job = run.job
         several = len(job.samplers) > 1
         for index, sampler in enumerate(job.samplers):
+            if index and len(job.prompts[index // job.each]) >= LONG_TEXT:
+                await asyncio.sleep(0)  # a long prompt is copied, for each of its answers
             generation = self._service.aio.submit(
                 job.prompts[index // job.each],
                 max_tokens=job.max_tokens,
@@ -168,19 +176,25 @@ class GenerationResponse(Response):
 
     async def _send_whole(self, run: _Run, send: Send) -> None:
         for generation in run.generations:
-            with contextlib.suppress(LlamaCancelError):
+            with contextlib.suppress(Exception):  # told below
                 await generation.result()
         if run.group.disconnected:
             return
         error = failure(run.generations, partial=True)
         if error is not None:
             raise error
-        choices = [
-            choice.whole(generation.text, generation.tokens, generation.finish_reason or "error")
-            for choice, generation in zip(run.choices, run.generations, strict=True)
-        ]
-        body = self._form.answer(choices, usage_of(run.generations, run.job.each))
-        data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        usage = usage_of(run.generations, run.job.each)
+
+        def make() -> bytes:
+            choices = [
+                choice.whole(generation.text, generation.tokens, generation.finish_reason or "error")
+                for choice, generation in zip(run.choices, run.generations, strict=True)
+            ]
+            return json_of(self._form.answer(choices, usage), yielding=is_long).encode("utf-8", "replace")
+
+        told = 0 if run.job.logprobs is None else usage["completion_tokens"] * (1 + run.job.logprobs)
+        is_long = told >= MANY_LOGPROBS
+        data = await anyio.to_thread.run_sync(make) if is_long else make()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": data})
@@ -219,19 +233,30 @@ class GenerationResponse(Response):
                     await stream.write(b"".join(events))
         except DecodeCancelled:
             pass
-        except LlamaCancelError as failed:
+        except Exception as failed:
             error = failed
         reason = generation.finish_reason or "error"
         events = list(choice.end(reason))
         if reason == "error":
-            events.append(event_of_failure(error))
+            events.append(event(failed_with(error).body))
         await stream.write(b"".join(events))
 
 
-def event_of_failure(error: Exception | None) -> bytes:
-    """The event that tells that a generation failed."""
-    body = error_body(500, f"the generation failed: {error}", code="generation_failed")
-    return b"data: " + json.dumps(body).encode() + b"\n\n"
+def failed_with(error: Exception | None) -> ApiError:
+    """What to tell of a generation that failed: what its request wanted cannot be done, or the server cannot do it."""
+    if isinstance(error, ClosedError):
+        return unavailable(error)
+    words = f"{error}" or type(error).__name__
+    if isinstance(error, (ValueError, TypeError)):
+        return ApiError(400, words, code="generation_failed")
+    return ApiError(500, f"the generation failed: {words}", code="generation_failed")
+
+
+def unavailable(error: ClosedError) -> ApiError:
+    """What to tell where the engine takes no work: that it failed, and of what, or that it is being closed."""
+    if error.__cause__ is not None:
+        return ApiError(503, str(error), code="engine_failed")
+    return ApiError(503, "the server is shutting down", code="shutting_down")
 
 
 async def _all_of(tasks: list[asyncio.Task[None]]) -> None:
@@ -265,8 +290,7 @@ def failure(works: Sequence[_Ended], *, partial: bool) -> ApiError | None:
     """
     reasons = [work.finish_reason for work in works]
     if "error" in reasons:
-        failed = works[reasons.index("error")]
-        return ApiError(500, f"the generation failed: {failed.error}", code="generation_failed")
+        return failed_with(works[reasons.index("error")].error)
     if "shutdown" in reasons:
         return ApiError(503, "the server shut down before the answer was complete", code="shutting_down")
     if "deadline" in reasons:

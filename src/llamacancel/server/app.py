@@ -16,7 +16,9 @@ from starlette.middleware.cors import CORSMiddleware
 from .. import __version__
 from ..engine import Engine
 from . import chat, completions, embeddings, errors, live, ops
+from .bodies import MOST_BYTES, schemas_of
 from .limits import ApiKeys, BodyLimit, LastResort, RequestIds
+from .schemas import ChatBody, CompletionBody, DetokenizeBody, EmbeddingsBody, TokenizeBody
 from .service import Service
 
 __all__ = ["create_app"]
@@ -30,7 +32,7 @@ def create_app(
     model_name: str | None = None,
     api_keys: Iterable[str] = (),
     cors_origins: Sequence[str] = (),
-    max_body_bytes: int = 16 * 2**20,
+    max_body_bytes: int = MOST_BYTES,
     request_timeout: float | None = None,
     chat_template: str | None = None,
     drain_timeout: float = 30.0,
@@ -109,6 +111,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
     ]
 
 
+BODIES = (CompletionBody, ChatBody, EmbeddingsBody, TokenizeBody, DetokenizeBody)
 _COUNTED = frozenset({completions.ENDPOINT, chat.ENDPOINT, embeddings.ENDPOINT})
 
 
@@ -131,8 +134,10 @@ def _described(app: FastAPI, *, with_keys: bool) -> Callable[[], dict[str, Any]]
                     if with_keys and path != "/health":
                         operation["security"] = [{"key": []}]
             components = described.setdefault("components", {})
+            schemas = components.setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
-                components.get("schemas", {}).pop(name, None)
+                schemas.pop(name, None)
+            schemas.update(schemas_of(BODIES))
             if with_keys:
                 components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             app.openapi_schema = described

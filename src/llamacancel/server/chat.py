@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from .._cancel import CancelToken
 from ..generation import Piece, TokenInfo
 from . import answers
 from .answer import Choice, GenerationResponse, Job
+from .bodies import body_of, described
 from .errors import ApiError
 from .logprobs import chat_logprobs
 from .prompts import check_room, make_samplers, under_token
 from .schemas import ChatBody, JsonSchemaFormat, Message, NamedTool, TextPart
 from .service import Group, Service, TimeoutHeader
-from .sse import event
+from .sse import event, json_of
 from .templates import TemplateFailed, chat_tokens
 from .tools import ToolCall, ToolCallReader, tool_call_schema, with_tags
 
@@ -33,6 +34,7 @@ router = APIRouter(tags=["generate"])
 
 @router.post(
     ENDPOINT,
+    openapi_extra=described(ChatBody),
     response_model=answers.ChatCompletion,
     response_model_exclude_unset=True,
     responses=answers.STREAMED | answers.ERRORS | answers.GENERATION_ERRORS,
@@ -40,7 +42,7 @@ router = APIRouter(tags=["generate"])
 )
 async def create_chat_completion(
     request: Request,
-    body: ChatBody,
+    body: Annotated[ChatBody, Depends(body_of(ChatBody))],
     x_request_timeout: TimeoutHeader = None,
 ) -> Response:
     """Answer messages through the model's chat template. A client that hangs up cancels the answer."""
@@ -50,12 +52,13 @@ async def create_chat_completion(
     async def prepare(group: Group) -> Job:
         prompt = await _prompt(group, service, body)
         count = body.n or 1
+        most = body.max_completion_tokens or body.max_tokens
         check_room(service.engine, [prompt], count)
         grammar, root = await _grammar(body)
         return Job(
             prompts=[prompt],
-            samplers=await make_samplers(service.model, body, count, grammar, root),
-            max_tokens=body.max_completion_tokens or body.max_tokens,
+            samplers=await make_samplers(group, service.model, body, count, grammar, root),
+            max_tokens=None if most == -1 else most,
             stop=body.stops,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             priority=body.priority or 0,
@@ -68,23 +71,21 @@ async def create_chat_completion(
         tools=[tool.function.name for tool in body.tools or ()] if body.tool_choice != "none" else [],
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )
-    return GenerationResponse(
-        service, request.state.request_id, prepare, form, timeout=timeout, stream=bool(body.stream)
-    )
+    return GenerationResponse(service, request, prepare, form, timeout=timeout, stream=bool(body.stream))
 
 
 async def _prompt(group: Group, service: Service, body: ChatBody) -> list[int]:
     """The messages as tokens."""
     template = service.template
-    messages = [_template_message(message, template.knows_developer) for message in body.messages]
-    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
 
     def make(token: CancelToken) -> list[int]:
+        messages = [_template_message(message, template.knows_developer) for message in body.messages]
+        tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
         text = template.render(messages, tools=tools or None, variables=body.chat_template_kwargs)
         return chat_tokens(service.model, text, token)
 
     try:
-        return await under_token(group, sum(len(str(message["content"])) for message in messages), make)
+        return await under_token(group, make)
     except TemplateFailed as error:
         raise ApiError(400, str(error), param="messages", code="chat_template_error") from error
     except ValueError as error:
@@ -176,22 +177,22 @@ class _ChatChoice:
         self._reader = ToolCallReader(form.tools) if form.tools else None
         self._calls = 0
         self._begun = False
-        head = json.dumps({**form.chunk_head, "choices": []}, separators=(",", ":"), ensure_ascii=False)
+        head = json_of({**form.chunk_head, "choices": []})
         self._start = f'data: {head[:-2]}{{"index":{index},"delta":'
         self._end = "}]" + (',"usage":null' if form.include_usage else "") + "}\n\n"
 
     def _event(self, delta: str, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None) -> bytes:
         """What `event()` would make of a delta, which is JSON; most of it is the same for each piece."""
-        probs = "null" if logprobs is None else json.dumps(logprobs, separators=(",", ":"), ensure_ascii=False)
+        probs = "null" if logprobs is None else json_of(logprobs)
         reason = "null" if finish_reason is None else f'"{finish_reason}"'
         text = f'{self._start}{delta},"logprobs":{probs},"finish_reason":{reason}{self._end}'
         return text.encode("utf-8", "replace")
 
     def _delta(self, part: str | ToolCall) -> str:
         if isinstance(part, str):
-            return f'{{"content":{json.dumps(part, ensure_ascii=False)}}}'
+            return f'{{"content":{json_of(part)}}}'
         self._calls += 1
-        return json.dumps({"tool_calls": [{"index": self._calls - 1, **part.body}]}, ensure_ascii=False)
+        return json_of({"tool_calls": [{"index": self._calls - 1, **part.body}]})
 
     def _begin(self) -> Iterable[bytes]:
         if not self._begun:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from ..generation import Piece, TokenInfo
 from . import answers
 from .answer import Choice, GenerationResponse, Job
+from .bodies import body_of, described
 from .logprobs import completion_logprobs
 from .prompts import check_room, make_samplers, prompt_texts, prompt_tokens
 from .schemas import CompletionBody
 from .service import Group, Service, TimeoutHeader
-from .sse import event
+from .sse import event, json_of
 
 __all__ = ["router"]
 
@@ -30,13 +30,14 @@ router = APIRouter(tags=["generate"])
 
 @router.post(
     ENDPOINT,
+    openapi_extra=described(CompletionBody),
     response_model=answers.Completion,
     responses=answers.STREAMED | answers.ERRORS | answers.GENERATION_ERRORS,
     summary="Continue a text",
 )
 async def create_completion(
     request: Request,
-    body: CompletionBody,
+    body: Annotated[CompletionBody, Depends(body_of(CompletionBody))],
     x_request_timeout: TimeoutHeader = None,
 ) -> Response:
     """Continue one or several prompts. A client that hangs up cancels them."""
@@ -48,11 +49,11 @@ async def create_completion(
         count = len(prompts) * (body.n or 1)
         check_room(service.engine, prompts, count)
         if body.echo:
-            form.echoes = await prompt_texts(service.model, body.prompt)
+            form.echoes = await prompt_texts(group, service.model, body.prompt)
         return Job(
             prompts=prompts,
-            samplers=await make_samplers(service.model, body, count, body.grammar),
-            max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
+            samplers=await make_samplers(group, service.model, body, count, body.grammar),
+            max_tokens=None if body.max_tokens == -1 else body.max_tokens or DEFAULT_MAX_TOKENS,
             stop=body.stops,
             logprobs=body.logprobs,
             priority=body.priority or 0,
@@ -65,9 +66,7 @@ async def create_completion(
         logprobs=body.logprobs is not None,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )
-    return GenerationResponse(
-        service, request.state.request_id, prepare, form, timeout=timeout, stream=bool(body.stream)
-    )
+    return GenerationResponse(service, request, prepare, form, timeout=timeout, stream=bool(body.stream))
 
 
 class _CompletionForm:
@@ -107,15 +106,15 @@ class _CompletionChoice:
     def __init__(self, form: _CompletionForm, index: int, echo: str) -> None:
         self._form, self._index, self._echo, self._offset = form, index, echo, 0
         self._to_echo = echo  # what a stream has not told yet
-        head = json.dumps({**form.head, "choices": []}, separators=(",", ":"), ensure_ascii=False)
+        head = json_of({**form.head, "choices": []})
         self._start = f'data: {head[:-2]}{{"index":{index},"text":'
         self._end = "}]" + (',"usage":null' if form.include_usage else "") + "}\n\n"
 
     def _event(self, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> bytes:
         """What `event()` would make of it; most of it is the same for each piece."""
-        probs = "null" if logprobs is None else json.dumps(logprobs, separators=(",", ":"))
+        probs = "null" if logprobs is None else json_of(logprobs)
         reason = "null" if finish_reason is None else f'"{finish_reason}"'
-        words = json.dumps(text, ensure_ascii=False)
+        words = json_of(text)
         return f'{self._start}{words},"logprobs":{probs},"finish_reason":{reason}{self._end}'.encode("utf-8", "replace")
 
     def feed(self, piece: Piece) -> Iterable[bytes]:

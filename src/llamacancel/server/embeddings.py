@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import json
-from typing import Any
+import itertools
+from collections.abc import Iterator
+from typing import Annotated, Any
 
+import anyio.to_thread
 import numpy as np
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from numpy.typing import NDArray
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -19,29 +21,34 @@ from ..generation import Embedding
 from ..views import RequestView
 from . import answers
 from .answer import failure, refusals
+from .bodies import body_of, described
 from .errors import ApiError
 from .prompts import prompt_tokens
 from .schemas import EmbeddingsBody
 from .service import Group, Service, TimeoutHeader
+from .sse import json_parts
 
 __all__ = ["router"]
 
 ENDPOINT = "/v1/embeddings"
 FULL_SECONDS = 0.02
 """How long a request whose first inputs are done waits for room in a full queue, before it looks again."""
+PART_BYTES = 65536
+"""Bytes of an answer that are made and sent at once."""
 
 router = APIRouter(tags=["generate"])
 
 
 @router.post(
     ENDPOINT,
+    openapi_extra=described(EmbeddingsBody),
     response_model=answers.EmbeddingList,
     responses=answers.ERRORS | answers.GENERATION_ERRORS,
     summary="Turn text into vectors",
 )
 async def create_embeddings(
     request: Request,
-    body: EmbeddingsBody,
+    body: Annotated[EmbeddingsBody, Depends(body_of(EmbeddingsBody))],
     x_request_timeout: TimeoutHeader = None,
 ) -> Response:
     """One vector of length 1 for each input. A client that hangs up cancels what is not done."""
@@ -49,7 +56,7 @@ async def create_embeddings(
     timeout = service.timeout(body.timeout, x_request_timeout)
     if body.dimensions is not None and body.dimensions > service.model.n_embd:
         raise ApiError(400, f"this model's vectors have {service.model.n_embd} dimensions", param="dimensions")
-    return _EmbeddingsResponse(service, request.state.request_id, body, timeout)
+    return _EmbeddingsResponse(service, request, body, timeout)
 
 
 class _AwaitableEmbedding:
@@ -87,14 +94,15 @@ class _AwaitableEmbedding:
 class _EmbeddingsResponse(Response):
     """Submits the inputs when it is sent, a few at a time, and answers with their vectors."""
 
-    def __init__(self, service: Service, request_id: str, body: EmbeddingsBody, timeout: float | None) -> None:
+    def __init__(self, service: Service, request: Request, body: EmbeddingsBody, timeout: float | None) -> None:
         super().__init__()
-        self._service, self._id, self._body, self._timeout = service, request_id, body, timeout
+        self._service, self._request, self._body, self._timeout = service, request, body, timeout
+        self._id: str = request.state.request_id
         self._prompts: list[list[int]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(OSError):
-            async with self._service.group(self._id, ENDPOINT, self._timeout, receive) as group:
+            async with self._service.group(self._request, ENDPOINT, self._timeout) as group:
                 self._prompts = await prompt_tokens(group, self._service.model, self._body.input, "input")
                 works: list[_AwaitableEmbedding] = []
                 with refusals(self._service):
@@ -139,24 +147,41 @@ class _EmbeddingsResponse(Response):
             raise error
         if len(works) < len(self._prompts):
             group.check()
-        data = [self._item(index, work.embedding.result(0)) for index, work in enumerate(works)]
+        vectors = [work.embedding.result(0)[: self._body.dimensions] for work in works]
         tokens = sum(work.embedding.usage.prompt_tokens for work in works)
-        body: dict[str, Any] = {
+        head: dict[str, Any] = {
             "object": "list",
-            "data": data,
             "model": self._service.model_name,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
-        content = json.dumps(body, separators=(",", ":")).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        lengths = await anyio.to_thread.run_sync(lambda: [float(np.linalg.norm(vector)) for vector in vectors])
+        if not np.isfinite(lengths).all():
+            raise ApiError(
+                500,
+                f"the model's vector of input {int(np.argmin(np.isfinite(lengths)))} has numbers that are none (NaN or "
+                "infinite): its file may be damaged, or its weights too large for the type that it computes in",
+                code="not_finite",
+            )
+        parts = json_parts(head, "data", map(self._item, itertools.count(), vectors, lengths))
+        headers = [(b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+        while not group.disconnected and (part := await anyio.to_thread.run_sync(_some_of, parts)):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
-    def _item(self, index: int, vector: NDArray[np.float32]) -> dict[str, Any]:
-        vector = vector[: self._body.dimensions]
-        length = float(np.linalg.norm(vector))
+    def _item(self, index: int, vector: NDArray[np.float32], length: float) -> dict[str, Any]:
         unit = vector / length if length > 0 else vector
         given: Any = unit.tolist()
         if self._body.encoding_format == "base64":
             given = base64.b64encode(unit.astype("<f4").tobytes()).decode()
         return {"object": "embedding", "index": index, "embedding": given}
+
+
+def _some_of(parts: Iterator[bytes]) -> bytes:
+    """The next parts of an answer; nothing at its end."""
+    taken = b""
+    for part in parts:
+        taken += part
+        if len(taken) >= PART_BYTES:
+            break
+    return taken

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-__all__ = ["ApiError", "cancelled", "error_body", "error_response", "install", "time_over"]
+__all__ = ["ApiError", "cancelled", "error_body", "error_response", "install", "of_validation", "time_over"]
 
 TYPES: dict[int, str] = {
     401: "authentication_error",
@@ -100,7 +100,7 @@ def install(app: FastAPI) -> None:
 
     async def bad_body(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(_of_validation(error.errors()))
+        return error_response(of_validation([{**each, "loc": each["loc"][1:]} for each in error.errors()]))
 
     async def framework(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -116,16 +116,16 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, gone)
 
 
-def _of_validation(errors: Sequence[Any]) -> ApiError:
-    """Say what is wrong with a body: the first few findings, and the field of the first."""
+def of_validation(errors: Sequence[Any]) -> ApiError:
+    """Say what is wrong with a body or a header: the first few of pydantic's findings, and the field of the first."""
     words, param = [], None
     for error in errors[:3]:
-        place = [part for part in error.get("loc", ())[1:] if not _is_type(part)]
+        place = [part for part in error.get("loc", ()) if not _is_type(part)]
         if error.get("type") == "json_invalid":
             words.append(f"the body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}")
             continue
         name = ".".join(str(part) for part in place)
-        if not name and error.get("type") in ("model_attributes_type", "missing"):
+        if not name and error.get("type") in ("model_type", "missing"):
             words.append("the body has to be a JSON object, sent with Content-Type: application/json")
             continue
         param = param or (str(place[0]) if place else None)

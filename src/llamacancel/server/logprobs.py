@@ -14,7 +14,7 @@ LEAST = -9999.0
 
 
 def _finite(value: float | None) -> float:
-    return LEAST if value is None or value < LEAST else value
+    return value if value is not None and value >= LEAST else LEAST  # NaN is not
 
 
 def _label(piece: bytes) -> str:

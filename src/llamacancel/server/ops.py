@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Depends, Path, Request
 from starlette.responses import JSONResponse, Response
 
 from .._cancel import CancelToken
+from ..engine import LONG_TEXT
 from . import answers
+from .bodies import body_of, described
 from .errors import ApiError
 from .events import EventsResponse
 from .metrics import CONTENT_TYPE
@@ -16,6 +18,7 @@ from .prompts import under_token
 from .schemas import DetokenizeBody, TokenizeBody
 from .service import Service, TimeoutHeader
 from .snapshots import Snapshots
+from .sse import json_of
 
 __all__ = ["router"]
 
@@ -94,29 +97,48 @@ async def _cancel(service: Service, request_id: str) -> tuple[bool, float | None
 
 
 @router.post(
-    "/tokenize", response_model=answers.Tokenized, responses=answers.ERRORS | answers.TOKEN_ERRORS, tags=["tokens"]
+    "/tokenize",
+    response_model=answers.Tokenized,
+    responses=answers.ERRORS | answers.TOKEN_ERRORS,
+    openapi_extra=described(TokenizeBody),
+    tags=["tokens"],
 )
-async def tokenize(request: Request, body: TokenizeBody, x_request_timeout: TimeoutHeader = None) -> Response:
+async def tokenize(
+    request: Request,
+    body: Annotated[TokenizeBody, Depends(body_of(TokenizeBody))],
+    x_request_timeout: TimeoutHeader = None,
+) -> Response:
     """The tokens of a text."""
     service = _service(request)
     model, timeout = service.model, service.timeout(None, x_request_timeout)
 
-    def work(token: CancelToken) -> dict[str, Any]:
+    def work(token: CancelToken) -> bytes:
         try:
             tokens = model.tokenize(body.content, body.add_special, body.parse_special, token).tolist()
         except ValueError as error:
             raise ApiError(400, str(error), param="content") from error
-        pieces = [model.token_to_piece(token).decode("utf-8", "replace") for token in tokens]
-        return {"tokens": tokens, "pieces": pieces if body.with_pieces else None}
+        pieces: list[str] | None = None
+        if body.with_pieces:
+            pieces = [model.token_to_piece(token).decode("utf-8", "replace") for token in tokens]
+        is_long = len(tokens) > LONG_TEXT
+        return json_of({"tokens": tokens, "pieces": pieces}, yielding=is_long).encode("utf-8", "replace")
 
-    async with service.group(request.state.request_id, "/tokenize", timeout, request.receive) as group:
-        return JSONResponse(await under_token(group, len(body.content), work))
+    async with service.group(request, "/tokenize", timeout) as group:
+        return Response(await under_token(group, work), media_type="application/json")
 
 
 @router.post(
-    "/detokenize", response_model=answers.Detokenized, responses=answers.ERRORS | answers.TOKEN_ERRORS, tags=["tokens"]
+    "/detokenize",
+    response_model=answers.Detokenized,
+    responses=answers.ERRORS | answers.TOKEN_ERRORS,
+    openapi_extra=described(DetokenizeBody),
+    tags=["tokens"],
 )
-async def detokenize(request: Request, body: DetokenizeBody, x_request_timeout: TimeoutHeader = None) -> Response:
+async def detokenize(
+    request: Request,
+    body: Annotated[DetokenizeBody, Depends(body_of(DetokenizeBody))],
+    x_request_timeout: TimeoutHeader = None,
+) -> Response:
     """The text of tokens. Once begun it is not stopped in between: if the time is over by then, that is told."""
     service = _service(request)
     model, timeout = service.model, service.timeout(None, x_request_timeout)
@@ -127,8 +149,8 @@ async def detokenize(request: Request, body: DetokenizeBody, x_request_timeout: 
         except ValueError as error:
             raise ApiError(400, str(error), param="tokens") from error
 
-    async with service.group(request.state.request_id, "/detokenize", timeout, request.receive) as group:
-        return JSONResponse({"content": await under_token(group, len(body.tokens), work)})
+    async with service.group(request, "/detokenize", timeout) as group:
+        return JSONResponse({"content": await under_token(group, work)})
 
 
 @router.get(

@@ -76,7 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     api.add_argument("--chat-template", type=Path, metavar="PATH", help="Jinja template in place of the model's own")
     api.add_argument(
-        "--max-body", type=count, default=16 * 2**20, metavar="BYTES", help="longest request (default: 16 MiB)"
+        "--max-body",
+        type=count,
+        default=4 * 2**20,
+        metavar="BYTES",
+        help="longest request (default: 4 MiB, a million tokens of English)",
     )
     api.add_argument(
         "--drain-timeout", type=whole, default=30, metavar="SECONDS",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import anyio
 import anyio.to_thread
 
 from .._cancel import CancelToken
@@ -17,35 +20,56 @@ from .errors import ApiError
 from .schemas import GenerationBody, Prompt
 from .service import Group
 
-__all__ = ["check_room", "in_thread_if_long", "make_samplers", "prompt_texts", "prompt_tokens", "under_token"]
+__all__ = ["check_room", "make_samplers", "prompt_texts", "prompt_tokens", "under_token"]
+
+MOST_BIAS = 2**16
+"""Entries of `logit_bias`, times the answers that each get them all."""
 
 _T = TypeVar("_T")
 
 
-async def in_thread_if_long(size: int, work: Callable[[], _T]) -> _T:
-    """Do work on text of a size, beside the event loop if it may take long: other clients' streams must not wait."""
-    return work() if size < LONG_TEXT else await anyio.to_thread.run_sync(work)
+async def under_token(group: Group, work: Callable[[CancelToken], _T], *, size: int | None = None) -> _T:
+    """Do what a request's body wants done, under the request's token.
 
-
-async def under_token(group: Group, size: int, work: Callable[[CancelToken], _T]) -> _T:
-    """Do work on text of a size as `in_thread_if_long`, under the token of a request.
+    What may take long is done beside the event loop, because other clients' streams must not wait, and by a few at a
+    time, because they must not lose the processors. Who is cancelled while waiting for that waits no more.
 
     Args:
         group: The request's.
-        size: Characters of the text.
         work: Takes the token.
+        size: How large it is, in characters of text; by default as many as the body has bytes.
 
     Raises:
         ApiError: As `Group.check`.
     """
     group.check()
     try:
-        done = await in_thread_if_long(size, lambda: work(group.token))
+        if (group.size if size is None else size) < LONG_TEXT:
+            done = work(group.token)
+        else:
+            done = await _in_thread(group, lambda: work(group.token))
     except DecodeCancelled:
         group.check()
         raise
     group.check()
     return done
+
+
+async def _in_thread(group: Group, work: Callable[[], _T]) -> _T:
+    loop = asyncio.get_running_loop()
+    with anyio.CancelScope() as waiting:
+        handle = group.token.add_callback(lambda: _cancel_soon(loop, waiting))
+        try:
+            return await anyio.to_thread.run_sync(work, limiter=group.preparing)  # once begun, it is not left alone
+        finally:
+            handle.remove()
+    group.check()
+    raise AssertionError("only a token that is cancelled cancels the wait")
+
+
+def _cancel_soon(loop: asyncio.AbstractEventLoop, scope: anyio.CancelScope) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(scope.cancel)
 
 
 async def prompt_tokens(group: Group, model: Model, prompt: Prompt, param: str) -> list[list[int]]:
@@ -65,17 +89,17 @@ async def prompt_tokens(group: Group, model: Model, prompt: Prompt, param: str) 
             for each in given
         ]
 
-    return await under_token(group, sum(len(each) for each in given if isinstance(each, str)), tokenize)
+    return await under_token(group, tokenize)
 
 
-async def prompt_texts(model: Model, prompt: Prompt) -> list[str]:
+async def prompt_texts(group: Group, model: Model, prompt: Prompt) -> list[str]:
     """The prompts of a body as text. Token ids give theirs, with the names of special tokens."""
     given = _each_of(prompt)
 
-    def texts() -> list[str]:
+    def texts(_: CancelToken) -> list[str]:
         return [each if isinstance(each, str) else model.detokenize(each, unparse_special=True) for each in given]
 
-    return await in_thread_if_long(sum(len(each) for each in given if not isinstance(each, str)), texts)
+    return await under_token(group, texts)
 
 
 def _each_of(prompt: Prompt) -> list[Any]:
@@ -125,13 +149,19 @@ def check_room(engine: Engine, prompts: Sequence[Sequence[int]], count: int) -> 
 
 
 async def make_samplers(
-    model: Model, body: GenerationBody, count: int, grammar: str | None = None, grammar_root: str = "root"
+    group: Group,
+    model: Model,
+    body: GenerationBody,
+    count: int,
+    grammar: str | None = None,
+    grammar_root: str = "root",
 ) -> list[Sampler]:
     """Samplers for so many answers, each with a state and a seed of its own.
 
     What a body leaves out is as llama.cpp's own tools have it (temperature 0.8, top_k 40, top_p 0.95, min_p 0.05).
 
     Args:
+        group: The request's.
         model: Whose vocabulary they choose from.
         body: The request.
         count: How many answers.
@@ -150,10 +180,19 @@ async def make_samplers(
         "presence_penalty",
     )
     options = {name: value for name in names if (value := getattr(body, name)) is not None}
-    bias = _logit_bias(model, body.logit_bias or {})
-    first = random.getrandbits(32) if body.seed is None else body.seed
+    if options.get("top_k") == -1:
+        options["top_k"] = 0
+    given_bias = body.logit_bias or {}
+    if len(given_bias) * count > MOST_BIAS:
+        raise ApiError(
+            400,
+            f"logit_bias: {len(given_bias)} entries for {count} answers are more than {MOST_BIAS}",
+            param="logit_bias",
+        )
+    first = random.getrandbits(32) if body.seed in (None, -1) else body.seed
 
-    def make() -> list[Sampler]:
+    def make(_: CancelToken) -> list[Sampler]:
+        bias = _logit_bias(model, given_bias)
         return [
             Sampler(
                 **options,
@@ -167,7 +206,8 @@ async def make_samplers(
         ]
 
     try:
-        return await in_thread_if_long(0 if grammar is None else LONG_TEXT, make)
+        size = LONG_TEXT if grammar is not None else len(given_bias) * count
+        return await under_token(group, make, size=size)
     except (ValueError, TypeError) as error:
         raise ApiError(400, str(error), param="grammar" if grammar is not None else None) from error
 
@@ -175,7 +215,7 @@ async def make_samplers(
 def _logit_bias(model: Model, given: dict[str, float]) -> dict[int, float]:
     bias = {}
     for key, value in given.items():
-        if not (key.isascii() and key.isdigit() and int(key) < model.n_vocab):
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < model.n_vocab):
             raise ApiError(
                 400, f"logit_bias: {key[:40]!r} is no token id (0 to {model.n_vocab - 1})", param="logit_bias"
             )

@@ -1,21 +1,26 @@
-"""The bodies of requests: OpenAI's fields, and a few of llama.cpp's. Unknown fields are ignored, wrong ones refused."""
+"""The bodies of requests: OpenAI's fields, and a few of llama.cpp's. Unknown fields are ignored, wrong ones refused.
+
+A list is checked up to its first fault: a million of them would be a million of pydantic's findings.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+
+from .errors import ApiError
 
 __all__ = [
     "ChatBody",
@@ -35,12 +40,80 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("0 tokens are no answer; -1 stands for as many as fit")
+    return value
+
+
 Whole = BeforeValidator(_whole)
 Count = Annotated[int, Field(ge=1, le=2**31 - 1), Whole]
+MostTokens = Annotated[int, Field(ge=-1, le=2**31 - 1), Whole, AfterValidator(_not_zero)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), Whole]
 Text = Annotated[str, Field(min_length=1)]
+MOST_PROMPTS = 2048
+MOST_TOKENS = "Most tokens that the answer may have; -1: as many as fit."
 Priority = Annotated[int, Field(ge=-100, le=100), Whole]
+Temperature = Annotated[float, Field(ge=0, le=1000)]
 PRIORITY = "Higher goes first in the queue; 0 if left out. A level is worth some seconds of waiting."
+
+
+def _ids(given: list[object]) -> list[int]:
+    """Token ids."""
+    ids = given if all(type(each) is int for each in given) else [_whole(each) for each in given]
+    if not ids or not all(type(each) is int and 0 <= each < 2**31 for each in ids):
+        raise ValueError
+    return cast("list[int]", ids)
+
+
+def _prompt(value: object, info: ValidationInfo) -> object:
+    """A prompt as it is given. A union's branches would be tried one after the other, with all of a long list each.
+
+    What is wrong is no finding of pydantic's, which would keep a copy of the value.
+    """
+    try:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list) and value:
+            if not isinstance(value[0], (str, list)):
+                return _ids(value)
+            if len(value) <= MOST_PROMPTS and all(type(each) is type(value[0]) for each in value):
+                return value if isinstance(value[0], str) else [_ids(each) for each in value]
+    except ValueError:
+        pass
+    words = "has to be a text, a list of texts, a list of token ids, or a list of such lists, none of them empty"
+    raise ApiError(400, f"{info.field_name}: {words}", param=info.field_name)
+
+
+def _bias(value: object) -> object:
+    if isinstance(value, dict) and all(type(each) in (int, float) and -100 <= each <= 100 for each in value.values()):
+        return value
+    words = "logit_bias: has to be an object of token ids, each with a number from -100 to 100"
+    raise ApiError(400, words, param="logit_bias")
+
+
+_TOKEN_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(_prompt),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "minItems": 1, "maxItems": MOST_PROMPTS, "items": {"type": "string"}},
+                _TOKEN_IDS,
+                {"type": "array", "minItems": 1, "maxItems": MOST_PROMPTS, "items": _TOKEN_IDS},
+            ]
+        }
+    ),
+]
+Bias = Annotated[
+    dict[str, float],
+    PlainValidator(_bias),
+    WithJsonSchema(
+        {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
+    ),
+]
 
 
 class Body(BaseModel):
@@ -62,23 +135,21 @@ class GenerationBody(Body):
     stream: bool | None = Field(None, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=128), Whole] | None = Field(None, description="How many answers to generate.")
-    max_tokens: Count | None = Field(None, description="Most tokens that the answer may have.")
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = Field(
-        None, description="Text that ends the answer, which does not contain it."
+    max_tokens: MostTokens | None = Field(None, description=MOST_TOKENS)
+    stop: str | Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = Field(
+        None, description="Text that ends the answer, which does not contain it. Empty ones end nothing."
     )
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: always the likeliest token.")
+    temperature: Temperature | None = Field(None, description="0: always the likeliest token.")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1), Whole] | None = Field(None, description="0: no limit.")
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), Whole] | None = Field(None, description="0 or -1: no limit.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(None, description="llama.cpp's; 1 is off.")
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole] | None = Field(
-        None, description="The same seed gives the same choice of tokens."
+        None, description="The same seed gives the same choice of tokens; -1 is another one each time."
     )
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="Added to a token's logit, by token id; -100 forbids it."
-    )
+    logit_bias: Bias | None = Field(None, description="Added to a token's logit, by token id; -100 forbids it.")
     grammar: Text | None = Field(None, description="GBNF grammar that the answer follows (llama.cpp's).")
     timeout: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None, description="Seconds for queue, prompt and answer together; afterwards the request is cancelled."
@@ -89,26 +160,8 @@ class GenerationBody(Body):
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop texts."""
-        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-
-def _in_short(value: object, check: ValidatorFunctionWrapHandler) -> object:
-    try:
-        return check(value)
-    except ValidationError:
-        raise PydanticCustomError(
-            "prompt",
-            "has to be a text, a list of texts, a list of token ids, or a list of such lists, none of them empty",
-        ) from None
-
-
-Prompt = Annotated[
-    str
-    | Annotated[list[str], Field(min_length=1, max_length=2048)]
-    | Annotated[list[TokenId], Field(min_length=1)]
-    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)],
-    WrapValidator(_in_short),
-]
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        return tuple(stop for stop in given if stop)
 
 
 class CompletionBody(GenerationBody):
@@ -142,7 +195,7 @@ class TextPart(Body):
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1)]
+Content = str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
 
 class FunctionCall(Body):
@@ -183,7 +236,7 @@ class AssistantMessage(Body):
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     name: str | None = None
 
     @model_validator(mode="after")
@@ -269,14 +322,14 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 class ChatBody(GenerationBody):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Count | None = Field(None, description="As max_tokens, which it replaces.")
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: MostTokens | None = Field(None, description="As max_tokens, which it replaces.")
     logprobs: bool | None = Field(None, description="Tell the log probability of each token of the answer.")
     top_logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = Field(
         None, description="How many of the likeliest tokens to tell for each; needs logprobs."
     )
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(None, description="Given to the chat template.")
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(None, description="Given to the chat template.")
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = Field(None, description="Further variables of the template.")
@@ -322,4 +375,4 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """Body of `POST /detokenize`."""
 
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

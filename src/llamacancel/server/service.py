@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
-from fastapi import Header
+import anyio
+from fastapi import Header, Request
 from pydantic import WithJsonSchema
-from starlette.types import Receive
 
 from .. import aio
 from .._cancel import CancelToken, Cause
@@ -52,6 +53,8 @@ class Group:
 
     Attributes:
         token: The parent of all that is done for it, from its arrival on; it has the request's deadline.
+        size: Bytes of its body, which bound the work that making prompts of it can be.
+        preparing: Who may make prompts in a thread at the same time.
         works: What the engine does.
         arrived: Set once the engine has all of it, or will get no more.
         disconnected: The client hung up.
@@ -60,6 +63,8 @@ class Group:
     id: str
     endpoint: str
     token: CancelToken
+    size: int
+    preparing: anyio.CapacityLimiter
     works: list[Work] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     disconnected: bool = False
@@ -137,6 +142,8 @@ class Service:
         self.drain_timeout = drain_timeout
         self.metrics = Metrics(engine.snapshot)
         self.groups: dict[str, Group] = {}
+        self.parsing = anyio.CapacityLimiter(1)
+        self.preparing = anyio.CapacityLimiter(max(2, (os.cpu_count() or 1) // 2))
         self.closing = False
         self._on_close: set[Callable[[], object]] = set()
         self._close_engine = close_engine
@@ -166,22 +173,20 @@ class Service:
         return min((value for value in (body, header, self.request_timeout) if value is not None), default=None)
 
     @contextlib.asynccontextmanager
-    async def group(
-        self, request_id: str, endpoint: str, timeout: float | None, receive: Receive
-    ) -> AsyncIterator[Group]:
+    async def group(self, request: Request, endpoint: str, timeout: float | None) -> AsyncIterator[Group]:
         """A group for a request, known under its id for as long as it lasts, and cancelled when its client hangs up.
 
         It ends when the slots are free again, however it ends.
 
         Args:
-            request_id: Its id.
+            request: The request; its body has been read.
             endpoint: What it asks.
             timeout: Seconds that it has from now on.
-            receive: The request's own; its body has been read.
 
         Raises:
             ApiError: 409, if a request with this id is on its way.
         """
+        request_id: str = request.state.request_id
         if request_id in self.groups:
             raise ApiError(
                 409,
@@ -190,9 +195,11 @@ class Service:
                 code="duplicate_request_id",
                 headers=NO_RETRY,
             )
-        group = self.groups[request_id] = Group(request_id, endpoint, CancelToken(timeout=timeout))
+        group = self.groups[request_id] = Group(
+            request_id, endpoint, CancelToken(timeout=timeout), request.state.body_size, self.preparing
+        )
         try:
-            async with watched(receive, group.hang_up):
+            async with watched(request.receive, group.hang_up):
                 yield group
         except OSError:  # some servers tell a hang-up so when something is sent
             group.hang_up()

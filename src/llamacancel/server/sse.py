@@ -4,21 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from starlette.types import Send
 
-__all__ = ["DONE", "EventStream", "event"]
+__all__ = ["DONE", "EventStream", "event", "json_of", "json_parts"]
 
 DONE = b"data: [DONE]\n\n"
 PING_SECONDS = 15.0
 
 
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def json_of(data: object, *, yielding: bool = False) -> str:
+    """JSON as it is sent: short, and without the two signs that some clients take for the end of a line.
+
+    Args:
+        data: What it says.
+        yielding: Let go of the interpreter lock in between. Slower; for a thread, if there is much to say.
+
+    Raises:
+        ValueError: If it has a number that JSON has not.
+    """
+    text = "".join(_encoder.iterencode(data)) if yielding else _encoder.encode(data)
+    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def json_parts(data: Mapping[str, Any], name: str, entries: Iterable[object]) -> Iterator[bytes]:
+    """The JSON of an object whose last member, `name`, is a list that is too long to be made at once."""
+    before = json_of({**data, name: []})[:-2].encode("utf-8", "replace")
+    for entry in entries:
+        yield before + json_of(entry).encode("utf-8", "replace")
+        before = b","
+    yield (before if before != b"," else b"") + b"]}"
+
+
 def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
     """An event with JSON."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode("utf-8", "replace")
+    return f"{head}data: {json_of(data)}\n\n".encode("utf-8", "replace")
 
 
 class EventStream:
