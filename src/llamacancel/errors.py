@@ -35,7 +35,9 @@ class SequenceOutcome:
 
     Attributes:
         state: "completed" (every row was decoded), "rolled_back" (as before the call), "kept" (decoded
-            up to `end`), or "dirty" (could not be repaired; clear it before its next use).
+            up to `end`), or "dirty" (could not be repaired; clear it before its next use). Where the call went on
+            for others, a rolled back sequence of a sliding window may have lost to them what no next token looks at,
+            as it may to any call that needs room: `memory.pos_min` is larger then.
         start: Position of the sequence's first row in the batch.
         end: The position that follows the last one that the context now holds: the next row goes here.
         cancelled: True if the sequence's own token was cancelled.

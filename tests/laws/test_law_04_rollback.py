@@ -16,7 +16,7 @@ from llamacancel.make_model import cached_model
 from tests import device
 from tests.conftest import GENERATIVE
 
-from .clock import deadline_at, in_the_middle
+from .clock import deadline_at, in_the_middle, readings_of
 from .every_poll import ALL, LOADS, SCENARIOS
 from .words import (
     NewContext,
@@ -259,6 +259,75 @@ def test_sequences_outside_of_a_cancelled_batch_keep_their_bits(
     ends = {seq: last + 1 for seq, (_, last) in holds(twin).items()}
     again = batch(*((tokens(20, 20 + seq), ends[seq], seq) for seq in seqs))
     assert same_bits(decode(context, again), decode(twin, again))
+    assert same_bits(one_more(context), one_more(twin))
+
+
+# ---- cells that are not in the order of their age ---------------------------------------------------------------
+
+A, B, D = range(3)
+
+
+def _gap(context: lc.Context) -> None:
+    """A window's first positions, a gap of ten cells, and the rest up to position 30."""
+    ids = tokens(31, 1)
+    context.decode(batch((ids[:4], 0, A)))
+    context.decode(batch((tokens(10, 2), 0, D)))
+    for start in range(4, 31, 9):
+        context.decode(batch((ids[start : start + 9], start, A)))
+    assert context.memory.remove(D)
+
+
+@pytest.mark.parametrize("params", [{}, {"flash_attn": False}], ids=str)
+def test_a_window_whose_cells_a_survivor_took_is_put_back_and_the_survivor_runs_alone(
+    params: dict[str, Any], new_context: NewContext
+) -> None:
+    made = {"n_ctx": 256, "n_ubatch": 10, "n_seq_max": 4, **params}
+    rows = batch((tokens(10, 3), 31, A), (tokens(2, 4), 0, B))
+    context, twin = new_context("swa", **made), new_context("swa", **made)
+    tried = new_context("swa", **made)
+    _gap(tried)
+    token = far()
+    whole = readings_of(lambda: tried.decode(rows, {A: token}))
+    again = 0
+    for reading in range(1, whole + 1, max(1, whole // 30)):
+        for each in (context, twin):
+            each.memory.clear()
+            _gap(each)
+        before = context.state.save(A)
+        token = far()
+        with deadline_at(reading):
+            told = context.decode(rows, {A: token})
+        if not told.sequences[A].cancelled:
+            assert reading > whole - 100
+            continue
+        again += told.n_ubatches > 2
+        assert told.survivors == [B]
+        assert context.state.save(A) == before
+        assert same_bits(context.logits(10), decode(twin, batch((tokens(2, 4), 0, B)))[0])
+        assert holds(context) == holds(twin)
+        assert same_bits(one_more(context), one_more(twin))
+    assert again > 2, "no cancel came while the survivor held the other's cells"
+
+
+def _zeroed(context: lc.Context) -> None:
+    """An empty state that lay between two that were computed: llama.cpp has zeroed it, and trusts that it is zero."""
+    for seq in (0, 2, 1):
+        context.decode(batch((tokens(5, seq), 0, seq)))
+    context.memory.remove(2)
+    context.decode(batch((tokens(3, 3), 5, 0), (tokens(3, 4), 5, 1)))
+
+
+@pytest.mark.parametrize("on_cancel", ["rollback", "keep"])
+@pytest.mark.parametrize("arch", ["mamba", "hybrid", "hybrid-conv", "hybrid-swa"])
+def test_a_sequence_that_begins_after_a_cancel_begins_with_nothing(
+    arch: str, on_cancel: Any, pair: Pair, readings: Readings
+) -> None:
+    context, twin = pair(arch)
+    for each in (context, twin):
+        _zeroed(each)
+    rows, fresh = batch((tokens(8, 5), 0, 2)), batch((tokens(6, 6), 0, 2))
+    cancelled_at(context, rows, readings(arch, rows, _zeroed, on_cancel=on_cancel) // 2, on_cancel=on_cancel)
+    assert same_bits(decode(context, fresh), decode(twin, fresh))
     assert same_bits(one_more(context), one_more(twin))
 
 

@@ -126,9 +126,6 @@ public:
                 sequences_.try_emplace(*seq, Sequence{batch.pos[row], batch.pos[row], false});
             }
         }
-        outputs_.row_slot.assign(batch.n_rows, -1);
-        outputs_.n_vocab = llama_vocab_n_tokens(box.model_->vocab());
-        outputs_.n_embd = llama_model_n_embd_out(box.model_->get());
     }
 
     DecodeReport run() {
@@ -141,12 +138,15 @@ public:
                 seqs.push_back(seq);
             }
             if (!encoding_) {
-                box_.journal_.begin(std::move(seqs), keep_);
+                box_.journal_.begin(std::move(seqs), keep_);  // once: what it saved stays true when it was put back
             }
             clear_errors();
             try {
                 AssertionGuard guard;
-                compute_all();
+                CallSlot::Armed armed(box_.slot_, call_);
+                do {
+                    begin();
+                } while (compute_all() && runs_again());
             } catch (const std::bad_alloc &) {
                 outputs_ = {};
                 failed(Status::NoMemory, "out of memory");
@@ -169,16 +169,25 @@ private:
         bool rolled_back = false;
     };
 
-    void compute_all() {
-        CallSlot::Armed armed(box_.slot_, call_);
+    void begin() {
+        any_done_ = false;
+        outputs_ = {};
+        outputs_.row_slot.assign(batch_.n_rows, -1);
+        outputs_.n_vocab = llama_vocab_n_tokens(box_.model_->vocab());
+        outputs_.n_embd = llama_model_n_embd_out(box_.model_->get());
+    }
+
+    // False if the call was stopped or failed, and has been repaired.
+    bool compute_all() {
         Cutter cutter(batch_, box_.cut_, encoding_ ? Split::Simple : box_.memory_.split, box_.output_all_,
                       box_.pooled() && !encoding_);
+        cutter.drop([&](int32_t row) { return batch_.seqs_begin(row) == batch_.seqs_end(row); });
         Chunk chunk;
         while (true) {
+            drop_cancelled(cutter);  // first: whose rows are all dropped is told to stop
             if (call_.should_stop() || exiting()) {
                 return stopped(false);
             }
-            drop_cancelled(cutter);
             if (!cutter.next(chunk)) {
                 break;
             }
@@ -212,7 +221,7 @@ private:
                 break;
             }
         }
-        finished();
+        return true;
     }
 
     // Those who may want a ubatch, if it can be undone by itself.
@@ -295,6 +304,9 @@ private:
         }
     }
 
+    // True if the call may yet be run again, and cancelled in that.
+    bool may_run_again() const { return !keep_ && !tokens_.empty() && box_.memory_.forgets(); }
+
     // The outputs of the call before stay readable until this one is sure to succeed.
     void protect_outputs(const Chunk & chunk) {
         int32_t n = 0;
@@ -302,7 +314,7 @@ private:
             n += is_output(row);
         }
         n = std::max<int32_t>(n, llama_n_seq_max(box_.ctx_));
-        if ((!chunk.last && n > 0) || n > box_.reserved_outputs_) {
+        if (((!chunk.last || may_run_again()) && n > 0) || n > box_.reserved_outputs_) {
             box_.outputs_.own();
         }
         box_.reserved_outputs_ = std::max(box_.reserved_outputs_, n);
@@ -359,34 +371,73 @@ private:
         box_.outputs_ = std::move(outputs_);
     }
 
-    void finished() {
+    // The last ubatch is through. True if the call was rolled back and is to be run again, without the cancelled ones.
+    bool runs_again() {
+        std::vector<Journal::Added> cancelled;
         for (auto & [seq, sequence] : sequences_) {
             if (sequence.cancelled && !keep_) {
-                const int64_t start = now_ns();
                 sequence.rolled_back = true;
-                sequence.dirty = !box_.journal_.rollback_sequence(seq, sequence.start);
+                if (sequence.end > sequence.start) {
+                    cancelled.push_back({seq, sequence.start});
+                }
+            }
+        }
+        if (!cancelled.empty()) {
+            const int64_t start = now_ns();
+            const auto dirty = box_.journal_.rollback_beside(cancelled);
+            if (dirty) {
+                for (llama_seq_id seq : *dirty) {
+                    sequences_.at(seq).dirty = true;
+                }
                 box_.confirm();
-                report_.repair_seconds += seconds_since(start);
+            }
+            report_.repair_seconds += seconds_since(start);
+            if (!dirty) {
+                repair(false);
+                if (any_dirty()) {
+                    return failed(Status::Failed, "a sequence that was cancelled could not be put back");
+                }
+                leave_out_cancelled();
+                return true;
             }
         }
         adopt_outputs();
         box_.encoded_ = box_.encoded_ || encoding_;
+        return false;
+    }
+
+    // From here on the batch is as if the cancelled sequences had never been in it.
+    void leave_out_cancelled() {
+        seq_offset_.assign(1, 0);
+        std::vector<int32_t> left;
+        for (int32_t row = 0; row < batch_.n_rows; ++row) {
+            std::copy_if(batch_.seqs_begin(row), batch_.seqs_end(row), std::back_inserter(left),
+                         [&](llama_seq_id seq) { return !sequences_.at(seq).cancelled; });
+            seq_offset_.push_back(left.size());
+        }
+        seq_id_ = std::move(left);
+        batch_.seq_offset = seq_offset_.data();
+        batch_.seq_id = seq_id_.data();
+        for (auto & [seq, sequence] : sequences_) {
+            sequence.end = sequence.start;
+        }
     }
 
     // The call stops here; `inside`: in the middle of a ubatch, of which llama.cpp has left something.
-    void stopped(bool inside) {
+    bool stopped(bool inside) {
         report_.status = Status::Cancelled;
         for (auto & [seq, sequence] : sequences_) {
             const auto token = tokens_.find(seq);
             sequence.cancelled = tokens_.empty() || (token != tokens_.end() && token->second->poll());
         }
-        if (!encoding_ && (inside || (report_.n_ubatches > 0 && !keep_))) {
+        if (!encoding_ && (inside || (any_done_ && !keep_))) {
             repair(keep_);
         }
         if (const std::string why = box_.unusable(); !why.empty()) {
             report_.status = Status::Failed;
             report_.message = why;
-            return rolled_back();
+            rolled_back();
+            return false;
         }
         if (keep_ && any_done_) {
             adopt_outputs();
@@ -404,15 +455,17 @@ private:
             report_.verdict = {Cause::Shutdown, "the interpreter exits", now_ns()};
         }
         report_.latency = seconds_since(report_.verdict.at_ns);
+        return false;
     }
 
-    void failed(Status status, std::string message) {
+    bool failed(Status status, std::string message) {
         report_.status = status;
         report_.message = std::move(message);
         if (!encoding_) {
             repair(false);
         }
         rolled_back();
+        return false;
     }
 
     void repair(bool last_ubatch_only) {
@@ -464,7 +517,8 @@ private:
     }
 
     ContextBox & box_;
-    const BatchView & batch_;
+    BatchView batch_;
+    std::vector<int32_t> seq_offset_, seq_id_;  // of batch_, where some sequences were left out
     Call & call_;
     const SequenceTokens & tokens_;
     const bool keep_;

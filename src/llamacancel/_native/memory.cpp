@@ -319,71 +319,57 @@ struct Undo::Cache {
         heads_of(cache) = heads;
     }
 
-    bool restore_sequence(llama_seq_id seq, llama_pos p0) {
-        cache.seq_rm(seq, p0, -1);
+    // Gives a sequence, whose new positions are gone, its saved cells back where they were, from the newest on. One
+    // whose place another sequence has taken ends that: what is older is gone, too, since positions have no gaps.
+    // False if a token at `next` would look at what is gone.
+    bool restore_sequence(llama_seq_id seq, llama_pos next) {
         const uint32_t stream = cache.get_stream(seq);
         llama_kv_cells & cells = cells_of(cache)[stream];
+        std::multimap<llama_pos, std::pair<const Group *, uint32_t>, std::greater<>> lost;
         for (const Group & group : groups) {
-            if (group.stream != stream) {
-                continue;
-            }
             for (uint32_t i = 0; i < group.idxs.size(); ++i) {
-                // What has left the window may be gone for good: its neighbours needed the room, as they would
-                // have without the cancelled rows.
-                const llama_pos pos = group.cells->pos_get(i);
-                if (!group.cells->seq_has(i, seq) || pos >= p0 || has_left_window(cache, pos, p0)) {
-                    continue;
-                }
-                if (!put_back(cells, group, i, seq)) {
-                    cache.seq_rm(seq, -1, -1);
-                    return false;
+                if (group.stream == stream && group.cells->seq_has(i, seq)) {
+                    lost.emplace(group.cells->pos_get(i), std::make_pair(&group, i));
                 }
             }
         }
-        return true;
+        bool whole = true;
+        std::vector<bool> emptied(cells.size());
+        for (const auto & [pos, where] : lost) {
+            const auto & [group, i] = where;
+            const uint32_t home = group->idxs[i];
+            if (cells.is_empty(home)) {
+                cells.pos_set(home, pos);
+                cells.ext_set(home, group->cells->ext_get(i));
+                emptied[home] = true;
+            } else if (cells.pos_get(home) != pos ||
+                       (cells.seq_get_all(home) & ~group->cells->seq_get_all(i)).any()) {
+                cache.seq_rm(seq, -1, pos + 1);
+                whole = has_left_window(cache, pos, next);
+                break;
+            }
+            if (!cells.seq_has(home, seq)) {  // else it was never lost, or only by others that shared it
+                cells.seq_add(home, seq);
+            }
+        }
+        put_back(stream, emptied);
+        return whole;
     }
 
-    // Gives the sequence the saved cell back: where it was if the cell is free or still the same, else elsewhere.
-    bool put_back(llama_kv_cells & cells, const Group & group, uint32_t i, llama_seq_id seq) {
-        const uint32_t home = group.idxs[i];
-        const llama_pos pos = group.cells->pos_get(i);
-        if (!cells.is_empty(home) && cells.pos_get(home) == pos) {
-            if (cells.seq_has(home, seq)) {
-                return true;  // never lost
+    // Puts the K and V back of those cells of a stream that were overwritten.
+    void put_back(uint32_t stream, const std::vector<bool> & wanted) {
+        const size_t size = data[stream].bytes();
+        for (const Group & group : groups) {
+            std::vector<uint32_t> idxs;
+            std::vector<uint8_t> bytes;
+            for (size_t at = 0; group.stream == stream && at < group.copied.size(); ++at) {
+                if (wanted[group.copied[at]]) {
+                    idxs.push_back(group.copied[at]);
+                    bytes.insert(bytes.end(), group.bytes.begin() + at * size, group.bytes.begin() + (at + 1) * size);
+                }
             }
-            if ((cells.seq_get_all(home) & ~group.cells->seq_get_all(i)).none()) {
-                cells.seq_add(home, seq);  // shared, and only this sequence had lost it
-                return true;
-            }
+            data[stream].set(idxs, bytes.data());
         }
-        uint32_t target = home;
-        if (!cells.is_empty(home)) {
-            target = 0;
-            while (target < cells.size() && !cells.is_empty(target)) {
-                ++target;
-            }
-            if (target == cells.size()) {
-                return false;
-            }
-        }
-        cells.pos_set(target, pos);
-        cells.ext_set(target, group.cells->ext_get(i));
-        cells.seq_add(target, seq);
-
-        const CellData & cell_data = data[group.stream];
-        for (const Group & other : groups) {
-            const auto at = std::find(other.copied.begin(), other.copied.end(), home);
-            if (other.stream == group.stream && at != other.copied.end()) {
-                cell_data.set({target}, other.bytes.data() + (at - other.copied.begin()) * cell_data.bytes());
-                return true;
-            }
-        }
-        if (target != home) {  // described, never overwritten: its K and V are still at home
-            std::vector<uint8_t> bytes(cell_data.bytes());
-            cell_data.get({home}, bytes.data());
-            cell_data.set({target}, bytes.data());
-        }
-        return true;
     }
 
     size_t bytes() const noexcept {
@@ -494,6 +480,13 @@ struct Undo::Recurrent {
         assign(books, memory);
         for (uint32_t row : rows) {
             copy_back(row, row);
+        }
+        // In llama.cpp's books an empty cell whose `src` is itself holds zeros, and whoever takes it begins with them.
+        // What was undone may have written there; a cell without a `src` is zeroed first.
+        for (auto & cell : memory.cells) {
+            if (cell.is_empty()) {
+                cell.src = -1;
+            }
         }
     }
 
@@ -608,10 +601,10 @@ void Undo::restore() {
     if (recurrent_) recurrent_->restore();
 }
 
-bool Undo::restore_sequence(llama_seq_id seq, llama_pos p0) {
+bool Undo::restore_sequence(llama_seq_id seq, llama_pos next) {
     bool whole = !recurrent_ || recurrent_->restore_sequence(seq);
     for (auto & cache : caches_) {
-        whole = cache->restore_sequence(seq, p0) && whole;
+        whole = whole && cache->restore_sequence(seq, next);
     }
     return whole;
 }
@@ -645,17 +638,32 @@ bool Journal::before(const llama_ubatch & ubatch, int n_threads) {
 std::vector<llama_seq_id> Journal::rollback() { return repair(origin_, held_at_start_, used_at_start_); }
 std::vector<llama_seq_id> Journal::rollback_last() { return repair(latest_, held_, used_); }
 
-bool Journal::rollback_sequence(llama_seq_id seq, llama_pos p0) {
+std::optional<std::vector<llama_seq_id>> Journal::rollback_beside(const std::vector<Added> & cancelled) {
+    std::vector<llama_seq_id> dirty;
     if (!memory_.memory) {
-        return true;
+        return dirty;
     }
-    const auto held =
-        std::find_if(held_at_start_.begin(), held_at_start_.end(), [&](const Held & h) { return h.seq == seq; });
-    if (!memory_.restorable()) {
-        memory_.memory->seq_rm(seq, held->pos_max < 0 ? -1 : p0, -1);
-        return held->pos_max < 0;
+    const auto held_of = [&](llama_seq_id seq) {
+        return std::find_if(held_at_start_.begin(), held_at_start_.end(), [&](const Held & h) { return h.seq == seq; });
+    };
+    for (const Added & added : cancelled) {
+        const bool was_empty = held_of(added.seq)->pos_max < 0;
+        if (memory_.restorable()) {
+            for (llama_kv_cache * cache : memory_.caches) cache->seq_rm(added.seq, added.from, -1);
+        } else {
+            memory_.memory->seq_rm(added.seq, was_empty ? -1 : added.from, -1);
+            if (!was_empty) {
+                dirty.push_back(added.seq);
+            }
+        }
     }
-    return origin_.restore_sequence(seq, p0) && memory_.pos_max(seq) == held->pos_max;
+    for (const Added & added : cancelled) {  // all of them have made room
+        if (memory_.restorable() && !(origin_.restore_sequence(added.seq, added.from) &&
+                                      memory_.pos_max(added.seq) == held_of(added.seq)->pos_max)) {
+            return std::nullopt;
+        }
+    }
+    return dirty;
 }
 
 void Journal::look(std::vector<Held> & held, std::vector<uint32_t> & used) const {

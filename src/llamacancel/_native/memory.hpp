@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -73,9 +74,9 @@ public:
     // Puts everything back as it was at begin().
     void restore();
 
-    // Puts back one sequence, whose positions from `p0` on were added since begin(), and leaves the others.
-    // False if a saved cell finds no room: then the sequence is cleared.
-    bool restore_sequence(llama_seq_id seq, llama_pos p0);
+    // Puts back one sequence, whose new positions are gone from the caches, and leaves the others. False if what a
+    // token at `next` would look at cannot go back where it was; restore() still can.
+    bool restore_sequence(llama_seq_id seq, llama_pos next);
 
     size_t bytes() const noexcept;  // saved since begin()
 
@@ -98,7 +99,14 @@ public:
     // Each returns the sequences that it could not repair. What it did was looked at afterwards.
     std::vector<llama_seq_id> rollback();
     std::vector<llama_seq_id> rollback_last();
-    bool rollback_sequence(llama_seq_id seq, llama_pos p0);
+
+    // Puts single sequences of a call back that went on for others, nothing of which moves. Nothing comes back if that
+    // cannot be: others have taken cells that they need. Then rollback() is due.
+    struct Added {
+        llama_seq_id seq;
+        llama_pos from;  // the first position that the call added
+    };
+    std::optional<std::vector<llama_seq_id>> rollback_beside(const std::vector<Added> & cancelled);
 
     size_t bytes() const noexcept { return origin_.bytes() + latest_.bytes(); }
 
