@@ -6,6 +6,8 @@ the token between, and the memory that a cancelled call has touched lies in othe
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -317,6 +320,66 @@ def test_who_is_no_worker_is_told_apart(answer: bytes, says: str, model_path: Mo
 def test_a_deadline_ends_the_wait_for_who_says_nothing(model_path: ModelPath) -> None:
     with listener(None) as endpoint, pytest.raises(lc.LoadDeadlineExceeded):
         load(model_path, endpoint, token=lc.CancelToken(timeout=0.1))
+
+
+def test_a_server_that_is_not_reached_leaves_no_socket_open(model_path: ModelPath) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nobody = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def fail() -> None:
+        with pytest.raises(lc.ModelLoadError):
+            load(model_path, nobody)
+        with listener(b"no") as endpoint, pytest.raises(lc.ModelLoadError):
+            load(model_path, endpoint)
+        with listener(None) as endpoint, pytest.raises(lc.LoadCancelled):
+            load(model_path, endpoint, token=lc.CancelToken(timeout=0.02))
+
+    fail()  # what the first one needs may stay
+    before = os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else os.listdir("/dev/fd")
+    for _ in range(10):
+        fail()
+    assert len(os.listdir("/proc/self/fd" if os.path.exists("/proc/self/fd") else "/dev/fd")) <= len(before) + 1
+
+
+def test_a_name_that_is_never_resolved_holds_up_nobody_else(model_path: ModelPath, tmp_path: Path) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler or not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux and a C compiler")
+    library, source = tmp_path / "names.so", Path(__file__).with_name("names.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    ran = run_python(
+        """
+        import os, socket, sys, threading
+        import llamacancel as lc
+
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+
+        def load(host, token=None):
+            try:
+                lc.Model.load(sys.argv[1], n_gpu_layers=-1, rpc_servers=[f"{host}:{port}"], token=token)
+            except lc.LlamaCancelError as error:
+                return type(error).__name__
+
+        def count():
+            return len(os.listdir("/proc/self/task"))
+
+        waiting = lc.CancelToken()
+        first = threading.Thread(target=load, args=("silent.invalid", waiting))
+        threads = count()
+        first.start()
+        while count() < threads + 2:
+            pass
+        print(load("127.0.0.1"))
+        for _ in range(20):
+            print(load("silent.invalid", lc.CancelToken(timeout=0.02)))
+        waiting.cancel()
+        first.join()
+        print(count() <= threads + 8)
+        """.replace("\n        ", "\n"), args=[str(model_path("llama"))], env={"LD_PRELOAD": str(library)}
+    )
+    assert ran.stdout.split() == ["ModelLoadError", *["LoadDeadlineExceeded"] * 20, "True"], ran.stderr
+    assert ran.returncode == 0
 
 
 def test_a_cancelled_load_leaves_the_workers_to_the_next_one(workers: list[Worker], model_path: ModelPath) -> None:

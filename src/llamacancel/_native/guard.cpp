@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "llama.h"
+#include "rpc.hpp"
 
 namespace llamacancel {
 
@@ -93,6 +94,7 @@ void begin_exit(double most_seconds) noexcept {
 void after_fork_in_child() {
     in_flight.store(0, std::memory_order_seq_cst);
     log_instance = new Log;
+    RpcServer::after_fork_in_child();
 }
 
 QuietLog::QuietLog(const bool & quiet) noexcept : outer_(quiet_flag) { quiet_flag = &quiet; }

@@ -1,5 +1,6 @@
 #include "rpc.hpp"
 
+#include <arpa/inet.h>
 #include <fcntl.h>
 #include <netdb.h>
 #include <poll.h>
@@ -8,9 +9,11 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <condition_variable>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <thread>
 
 #include "box.hpp"
 #include "clock.hpp"
@@ -25,6 +28,7 @@ constexpr int64_t kAnswerNs = 5'000'000'000;  // a worker that says nothing for 
 constexpr int kLookMs = 10;                   // between two looks at the token
 constexpr uint8_t kHello = 14;                // RPC_CMD_HELLO, which stays the same for all versions
 constexpr size_t kCapsSize = 24;
+constexpr int kMostLookUps = 8;  // of names, at a time: one that nobody waits for any more still has its thread
 
 struct Cancelled {};
 
@@ -32,28 +36,112 @@ struct Unreachable : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// A connection that says hello as llama.cpp's does, but waits for the answer under a token, and for a bounded time:
-// llama.cpp would wait for ever, and end the process at a wrong one.
-class Greeting {
-public:
-    Greeting(const std::string & endpoint, Call & call) : call_(call), end_ns_(now_ns() + kAnswerNs) {
-        const size_t colon = endpoint.find(':');
-        addrinfo hints = {};
-        hints.ai_family = AF_INET;  // llama.cpp knows no other
-        hints.ai_socktype = SOCK_STREAM;
-        addrinfo * found = nullptr;
-        if (const int code =
-                getaddrinfo(endpoint.substr(0, colon).c_str(), endpoint.substr(colon + 1).c_str(), &hints, &found)) {
-            throw Unreachable(gai_strerror(code));
+// What all connections of this process have in common.
+struct Directory {
+    std::timed_mutex connecting;  // one connects at a time
+    std::map<std::string, std::weak_ptr<RpcServer>> known;
+    std::mutex mutex;  // of the look-ups
+    std::condition_variable ended;
+    int n_look_ups = 0;
+};
+
+Directory * directory = new Directory;  // never destroyed: a look-up may outlive main()
+
+// Throws Cancelled once the call is to stop, and Unreachable when the time is up.
+void look(Call & call, int64_t end_ns, const std::string & otherwise) {
+    if (call.should_stop() || exiting()) {
+        throw Cancelled();
+    }
+    if (now_ns() >= end_ns) {
+        throw Unreachable(otherwise + " within " + std::to_string(kAnswerNs / 1'000'000'000) + " seconds");
+    }
+}
+
+// The address of "host:port". A resolver can neither be stopped nor be told how long to take: it works on a thread of its
+// own, which is left behind when the call stops or the time is up.
+sockaddr_in resolve(const std::string & endpoint, Call & call, int64_t end_ns) {
+    struct LookUp {
+        const std::string host, port;
+        bool done = false;
+        int code = 0;
+        sockaddr_in address = {};
+
+        void run(int flags) {
+            addrinfo hints = {};
+            hints.ai_family = AF_INET;  // llama.cpp knows no other
+            hints.ai_socktype = SOCK_STREAM;
+            hints.ai_flags = flags;
+            addrinfo * found = nullptr;
+            code = getaddrinfo(host.c_str(), port.c_str(), &hints, &found);
+            if (code == 0) {
+                std::memcpy(&address, found->ai_addr, sizeof(address));
+                freeaddrinfo(found);
+            }
         }
-        const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> address(found, freeaddrinfo);
-        fd_ = socket(AF_INET, SOCK_STREAM, 0);
+    };
+    const size_t colon = endpoint.find(':');
+    const auto look_up = std::make_shared<LookUp>(LookUp{endpoint.substr(0, colon), endpoint.substr(colon + 1)});
+    look_up->run(AI_NUMERICHOST);
+    if (look_up->code != 0) {
+        std::unique_lock<std::mutex> lock(directory->mutex);
+        const auto wait = [&](auto && until, const char * otherwise) {
+            while (!directory->ended.wait_for(lock, std::chrono::milliseconds(kLookMs), until)) {
+                lock.unlock();  // the look may want the GIL
+                look(call, end_ns, otherwise);
+                lock.lock();
+            }
+        };
+        wait([] { return directory->n_look_ups < kMostLookUps; }, "no name is resolved");
+        std::thread([look_up, here = directory] {
+            LookUp answer{look_up->host, look_up->port};
+            answer.run(0);
+            std::lock_guard<std::mutex> lock(here->mutex);
+            look_up->code = answer.code;
+            look_up->address = answer.address;
+            look_up->done = true;
+            here->n_look_ups -= 1;
+            here->ended.notify_all();
+        }).detach();
+        directory->n_look_ups += 1;
+        wait([&] { return look_up->done; }, "its name was not resolved");
+    }
+    if (look_up->code != 0) {
+        throw Unreachable(gai_strerror(look_up->code));
+    }
+    return look_up->address;
+}
+
+std::string text_of(const sockaddr_in & address) {
+    char text[INET_ADDRSTRLEN] = {};
+    inet_ntop(AF_INET, &address.sin_addr, text, sizeof(text));
+    return text + (":" + std::to_string(ntohs(address.sin_port)));
+}
+
+// A socket that is closed with this object, whoever throws.
+class Socket {
+public:
+    Socket() : fd_(socket(AF_INET, SOCK_STREAM, 0)) {
         if (fd_ < 0) {
             throw Unreachable(std::strerror(errno));
         }
         fcntl(fd_, F_SETFD, FD_CLOEXEC);
         fcntl(fd_, F_SETFL, fcntl(fd_, F_GETFL) | O_NONBLOCK);
-        if (::connect(fd_, address->ai_addr, address->ai_addrlen) != 0) {
+    }
+    ~Socket() { close(fd_); }
+    Socket(const Socket &) = delete;
+    Socket & operator=(const Socket &) = delete;
+    operator int() const noexcept { return fd_; }
+
+private:
+    const int fd_;
+};
+
+// A connection that says hello as llama.cpp's does, but waits for the answer under a token, and for a bounded time:
+// llama.cpp would wait for ever, and end the process at a wrong one.
+class Greeting {
+public:
+    Greeting(const sockaddr_in & address, Call & call) : call_(call), end_ns_(now_ns() + kAnswerNs) {
+        if (::connect(fd_, reinterpret_cast<const sockaddr *>(&address), sizeof(address)) != 0) {
             if (errno != EINPROGRESS) {
                 throw Unreachable(std::strerror(errno));
             }
@@ -66,14 +154,6 @@ public:
             }
         }
     }
-
-    ~Greeting() {
-        if (fd_ >= 0) {
-            close(fd_);
-        }
-    }
-    Greeting(const Greeting &) = delete;
-    Greeting & operator=(const Greeting &) = delete;
 
     void exchange() {
         uint8_t request[1 + sizeof(uint64_t) + kCapsSize] = {kHello};
@@ -105,19 +185,10 @@ private:
 #endif
 
     void wait(short events, const char * otherwise) {
-        while (true) {
-            if (call_.should_stop() || exiting()) {
-                throw Cancelled();
-            }
-            pollfd waiting = {fd_, events, 0};
-            if (poll(&waiting, 1, kLookMs) > 0) {
-                return;
-            }
-            if (now_ns() >= end_ns_) {
-                throw Unreachable(std::string(otherwise) + " within " + std::to_string(kAnswerNs / 1'000'000'000) +
-                                  " seconds");
-            }
-        }
+        pollfd waiting = {fd_, events, 0};
+        do {
+            look(call_, end_ns_, otherwise);
+        } while (poll(&waiting, 1, kLookMs) <= 0);
     }
 
     void receive(void * to, size_t size) {
@@ -136,7 +207,7 @@ private:
 
     Call & call_;
     const int64_t end_ns_;
-    int fd_ = -1;
+    const Socket fd_;
 };
 
 template <typename Function>
@@ -150,19 +221,6 @@ const char * const kNoBackend = "this build has no RPC backend (it was built wit
 
 Status RpcServer::connect(const std::string & endpoint, Call & call, std::shared_ptr<RpcServer> & server,
                           std::string & message) {
-    static std::timed_mutex mutex;  // one connects at a time
-    static std::map<std::string, std::weak_ptr<RpcServer>> known;
-
-    std::unique_lock<std::timed_mutex> lock(mutex, std::defer_lock);
-    while (!lock.try_lock_for(std::chrono::milliseconds(kLookMs))) {
-        if (call.should_stop() || exiting()) {
-            return Status::Cancelled;
-        }
-    }
-    server = known[endpoint].lock();
-    if (server && !server->lost()) {
-        return Status::Done;
-    }
     const auto said = [&](const std::string & what) {
         message = "RPC server " + endpoint + ": " + what;
         server.reset();
@@ -175,25 +233,38 @@ Status RpcServer::connect(const std::string & endpoint, Call & call, std::shared
     }
     try {
         AssertionGuard guard;
-        Greeting(endpoint, call).exchange();
+        const sockaddr_in address = resolve(endpoint, call, now_ns() + kAnswerNs);
+        std::unique_lock<std::timed_mutex> lock(directory->connecting, std::defer_lock);
+        while (!lock.try_lock_for(std::chrono::milliseconds(kLookMs))) {
+            look(call, kNever, "");
+        }
+        std::weak_ptr<RpcServer> & known = directory->known[text_of(address)];
+        server = known.lock();
+        if (server && !server->lost()) {
+            return Status::Done;
+        }
+        Greeting(address, call).exchange();
         server.reset(new RpcServer(endpoint));
-        ggml_backend_reg_t reg = add_server(endpoint.c_str());
+        // By its address: llama.cpp would resolve the name once more, and hold a second connection for each name.
+        ggml_backend_reg_t reg = add_server(text_of(address).c_str());
         for (size_t i = 0; reg && i < ggml_backend_reg_dev_count(reg); ++i) {
             server->devices_.push_back(ggml_backend_reg_dev_get(reg, i));
             server->backends_.push_back(ggml_backend_dev_init(server->devices_.back(), nullptr));
         }
+        if (server->devices_.empty()) {
+            return said("it has no devices");
+        }
+        known = server;
+        return Status::Done;
     } catch (const Cancelled &) {
         server.reset();
         return Status::Cancelled;
     } catch (const std::exception & error) {
         return said(error.what());
     }
-    if (server->devices_.empty()) {
-        return said("it has no devices");
-    }
-    known[endpoint] = server;
-    return Status::Done;
 }
+
+void RpcServer::after_fork_in_child() { directory = new Directory; }
 
 RpcServer::~RpcServer() {
     for (ggml_backend_t backend : backends_) {

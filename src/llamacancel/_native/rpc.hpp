@@ -21,6 +21,10 @@ public:
     static Status connect(const std::string & endpoint, Call & call, std::shared_ptr<RpcServer> & server,
                           std::string & message);
     ~RpcServer();
+
+    // In a forked child nobody connects, and no name is being resolved.
+    static void after_fork_in_child();
+
     RpcServer(const RpcServer &) = delete;
     RpcServer & operator=(const RpcServer &) = delete;
 
