@@ -2,7 +2,7 @@ cimport cython
 from libc.stdint cimport int32_t
 from libcpp.memory cimport shared_ptr
 
-from ._lib.box cimport BatchView, Call, ContextBox
+from ._lib.box cimport BatchView, Call, ContextBox, OnCancel
 from ._llama cimport Interrupt
 from ._model cimport Model
 
@@ -19,6 +19,7 @@ cdef class Context:
     cdef int _acquire(self, Call * call, Interrupt interrupt, str what, batch=*, token=*) except -1
     cdef int _check_seq(self, seq_id) except -1
     cdef object _raise_dirty(self, seq_ids)
+    cdef dict _untouched(self, batch, token, OnCancel keep)
     cdef object _run(self, batch, token, on_cancel, when_shared, bint encoding)
     # The output row's logits; valid until the next call. The caller holds the context.
     cdef const float * _logits_of(self, int32_t i) except NULL

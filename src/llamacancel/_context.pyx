@@ -21,7 +21,7 @@ from ._lib.box cimport *
 from ._lib.llama cimport *
 from ._lib.token cimport TokenState
 from ._llama cimport (
-    Interrupt, cause_of, check_forked, check_process, drain_log, raise_cancelled, text_of, watch_signals)
+    Interrupt, cause_of, check_forked, check_process, drain_log, raise_cancelled, raise_status, text_of, watch_signals)
 from ._model cimport LoraAdapter, Model
 from ._result cimport outcomes_of, result_of, survivors_of, untouched
 
@@ -30,12 +30,10 @@ from ._cancel import Cause
 from .batch import Batch
 from .errors import (
     ClosedError,
-    ContextBusyError,
     ContextError,
-    DecodeFailedError,
     DirtySequenceError,
     InvalidBatchError,
-    MemoryFullError,
+    SequenceOutcome,
 )
 from .outcome import cancelled_error
 
@@ -240,11 +238,11 @@ cdef class Context:
         cdef Status status
         with nogil:
             status = box.get().acquire(call)
-        if status == Status.Busy:
-            raise ContextBusyError(f"{what}: the context is in use; pass a token to wait under, or use a second one")
         if status == Status.Cancelled:
             raise_cancelled(f"{what}, waiting for the context,", call[0], interrupt, None,
                             None if batch is None else untouched(batch, token))
+        if status != Status.Done:
+            raise_status(status, what, string())
         if self.box != box:
             box.get().release()
             raise ClosedError("the context was closed while the call waited for it")
@@ -303,49 +301,54 @@ cdef class Context:
             when = <WhenShared> <int> _params.choice("when_shared", when_shared, _WHEN_SHARED)
         cdef _View view = _view_of(batch)
         cdef cppmap[llama_seq_id, shared_ptr[TokenState]] tokens
+        cdef string problem
         cdef Call call
         if isinstance(token, dict):
             for seq_id, each in token.items():
                 if not isinstance(each, CancelToken):
                     raise TypeError(f"the token of sequence {seq_id} must be a CancelToken, not {type(each).__name__}")
                 tokens[_params.integer("a sequence id", seq_id, -2**31, 2**31 - 1)] = state_of(each)
-            call = shared_call(view.batch, tokens, when, keep)
+            with nogil:
+                problem = check_tokens(view.batch, tokens)
+                call = shared_call(view.batch, tokens, when, keep)
+            if not problem.empty():
+                raise InvalidBatchError(text_of(problem))
         else:
             call = Call(state_of(token))
         cdef Interrupt interrupt = watch_signals(call)
         cdef shared_ptr[ContextBox] box = self.box
         cdef DecodeReport report
+        cdef vector[llama_seq_id] dirty
         view.readers += 1
         try:
             self._acquire(&call, interrupt, what, batch, token)
             try:
-                problem = box.get().unusable()
-                if not problem.empty():
-                    raise DecodeFailedError(text_of(problem))
-                problem = box.get().check(view.batch, encoding)
-                if not problem.empty():
-                    raise InvalidBatchError(text_of(problem))
-                dirty = box.get().dirty_among(view.batch)
+                if call.should_stop():
+                    raise_cancelled(what, call, interrupt, None, self._untouched(batch, token, keep))
+                with nogil:
+                    report.message = box.get().unusable()
+                    if not report.message.empty():
+                        report.status = Status.Failed
+                    else:
+                        report.message = box.get().check(view.batch, encoding)
+                        if not report.message.empty():
+                            report.status = Status.Invalid
+                        else:
+                            dirty = box.get().dirty_among(view.batch)
+                            if dirty.empty():
+                                report = (box.get().encode(view.batch, call) if encoding
+                                          else box.get().decode(view.batch, call, tokens, keep))
                 if not dirty.empty():
                     self._raise_dirty([seq for seq in dirty])
-                with nogil:
-                    if encoding:
-                        report = box.get().encode(view.batch, call)
-                    else:
-                        report = box.get().decode(view.batch, call, tokens, keep)
             finally:
                 box.get().release()
         finally:
             view.readers -= 1
         drain_log()
-        if report.status == Status.Failed:
-            raise DecodeFailedError(text_of(report.message))
-        if report.status == Status.Full:
-            raise MemoryFullError(text_of(report.message))
-        if report.status == Status.NoMemory:
-            raise MemoryError(f"{what}: {text_of(report.message)}; the context is as before the call")
         if report.status == Status.Done:
             return result_of(report)
+        if report.status != Status.Cancelled:
+            raise_status(report.status, what, report.message, InvalidBatchError)
         sequences = outcomes_of(report.sequences)
         error = cancelled_error(
             what, Cause.INTERRUPT if report.interrupted else cause_of(report.verdict),
@@ -355,6 +358,16 @@ cdef class Context:
         if report.interrupted:
             raise interrupt.error from error
         raise error
+
+    cdef dict _untouched(self, batch, token, OnCancel keep):
+        """What a call that was cancelled before it began leaves of its batch's sequences."""
+        outcomes = untouched(batch, token)
+        cdef llama_seq_id n_seq_max = llama_n_seq_max(self.box.get().get())
+        for seq, outcome in outcomes.items():
+            held = self.box.get().memory().pos_max(seq) + 1 if 0 <= seq < n_seq_max else 0
+            outcomes[seq] = SequenceOutcome("kept" if keep == OnCancel.Keep else outcome.state, outcome.start,
+                                            min(outcome.start, held), outcome.cancelled)
+        return outcomes
 
     def _decode_bare(self, batch):
         """llama_decode() itself: no token, no guard, no checks. For the benchmark."""

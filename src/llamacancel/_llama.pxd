@@ -1,6 +1,6 @@
 from libcpp.string cimport string
 
-from ._lib.box cimport Call
+from ._lib.box cimport Call, Status
 from ._lib.token cimport Verdict
 
 
@@ -20,6 +20,8 @@ cdef void entered_process() noexcept
 cdef int check_process(int pid, str what) except -1
 cdef raise_cancelled(str what, Call & call, Interrupt interrupt, kind=*, sequences=*)
 cdef int check_call(str what, Call & call, Interrupt interrupt) except -1
+# What a native call came to that was neither done nor cancelled; `invalid`: the exception for what it cannot take.
+cdef raise_status(Status status, str what, const string & message, invalid=*)
 cdef cause_of(const Verdict & verdict)
 cdef error_of(str what, const Verdict & verdict, kind=*)
 cdef str text_of(const string & message)

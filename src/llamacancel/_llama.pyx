@@ -18,12 +18,12 @@ from cpython.ref cimport Py_DECREF, PyObject
 from libcpp cimport bool as cbool
 from posix.unistd cimport getpid, read, write
 
-from ._lib.box cimport LogLine, after_fork_in_child, begin_exit, initialize, next_log_line, serve_rpc
+from ._lib.box cimport LogLine, Status, after_fork_in_child, begin_exit, initialize, next_log_line, serve_rpc
 from ._lib.llama cimport *
 from ._lib.token cimport now_ns
 
 from ._cancel import Cause
-from .errors import ClosedError
+from .errors import ClosedError, ContextBusyError, DecodeFailedError, MemoryFullError
 from .outcome import cancelled_error
 
 cdef extern from "Python.h":
@@ -240,6 +240,19 @@ cdef int check_call(str what, Call & call, Interrupt interrupt) except -1:
     if call.should_stop():
         raise_cancelled(what, call, interrupt)
     return 0
+
+
+cdef raise_status(Status status, str what, const string & message, invalid=ValueError):
+    text = text_of(message)
+    if status == Status.Invalid:
+        raise invalid(text)
+    if status == Status.Full:
+        raise MemoryFullError(text)
+    if status == Status.Busy:
+        raise ContextBusyError(f"{what}: the context is in use; pass a token to wait under, or use a second one")
+    if status == Status.NoMemory:
+        raise MemoryError(f"{what}: {text}; the context is as before the call")
+    raise DecodeFailedError(text)
 
 
 cdef cause_of(const Verdict & verdict):

@@ -1,7 +1,9 @@
 # distutils: language = c++
 """What a context holds of its sequences: `context.memory`, and saving it: `context.state`."""
 
+import errno
 import os
+import stat
 import struct
 import tempfile
 import zlib
@@ -18,8 +20,9 @@ from libcpp.vector cimport vector
 from ._cancel cimport state_of
 from ._context cimport Context
 from ._lib.box cimport Call, ContextBox, Status, name_of
-from ._lib.llama cimport llama_model, llama_model_n_layer, llama_model_n_params, llama_pos, llama_seq_id
-from ._llama cimport Interrupt, check_call, drain_log, raise_cancelled, text_of, watch_signals
+from ._lib.llama cimport llama_pos, llama_seq_id
+from ._model cimport LoraAdapter
+from ._llama cimport Interrupt, check_call, drain_log, raise_cancelled, raise_status, text_of, watch_signals
 
 from . import _params
 from ._context import _register
@@ -53,7 +56,7 @@ cdef class Memory:
         finally:
             box.release()
         if status != Status.Done:
-            raise DecodeFailedError(text_of(problem))
+            raise_status(status, "clear", problem)
 
     def remove(self, seq_id, p0=0, p1=-1):
         """Forget positions p0 to p1 (without it; negative: the end) of a sequence.
@@ -95,10 +98,8 @@ cdef class Memory:
                 status = box.copy(source, target, first, last, problem)
         finally:
             box.release()
-        if status == Status.Failed:
-            raise DecodeFailedError(text_of(problem))
         if status != Status.Done:
-            raise ValueError(text_of(problem))
+            raise_status(status, "copy", problem)
 
     def keep(self, seq_id):
         """Forget all sequences but one."""
@@ -154,10 +155,10 @@ cdef class State:
     cdef bytes _description(self):
         """What two contexts must have in common for the state of one to be of use in the other."""
         self.context._check_open()
-        cdef const llama_model * model = self.context.box.get().model().get().get()
-        path = self.context.model._path
-        return (f"{path and os.path.basename(path)} {llama_model_n_params(model)} "
-                f"{llama_model_n_layer(model)} {Memory(self.context).kind}").encode()
+        cdef bytes said = self.context.box.get().description()
+        adapters = sorted((<LoraAdapter> adapter).identity + f"*{scale:.9g}".encode()
+                          for adapter, scale in self.context._lora)
+        return said + b"adapters=" + b",".join(adapters)
 
     def save(self, seq_id=0, token=None):
         """The state of a sequence as bytes, for `load` in a context of the same model.
@@ -208,7 +209,8 @@ cdef class State:
         """Replace what the context holds of a sequence by a saved state.
 
         Raises:
-            StateError: If `data` is damaged, belongs to another model, or does not fit. Nothing was changed.
+            StateError: If `data` is damaged, does not fit, or was saved for other weights (of the model's or of adapters: a
+                file may have another name), other RoPE parameters or another kind of cache. Nothing was changed.
             DecodeCancelled: If `token` was cancelled first. Nothing was changed.
             DecodeFailedError: If it would lie on an RPC server to which the connection was lost.
         """
@@ -220,9 +222,9 @@ cdef class State:
         if magic != _STATE_MAGIC or len(buffer) != _STATE_HEADER.size + n_about + size:
             raise StateError("the bytes are no saved state, or part of one")
         about = bytes(buffer[_STATE_HEADER.size : _STATE_HEADER.size + n_about])
-        if about != self._description():
-            raise StateError(f"the state was saved for {about.decode('utf-8', 'replace')!r}, "
-                             f"this is {self._description().decode('utf-8', 'replace')!r}")
+        mine = self._description()
+        if about != mine:
+            raise StateError(f"the state was saved elsewhere: {_differences(about, mine)}")
 
         cdef Call call = Call(state_of(token))
         cdef Interrupt interrupt = watch_signals(call)
@@ -252,20 +254,37 @@ cdef class State:
             raise self._error("loaded", message)
 
     def save_file(self, path, seq_id=0, token=None):
-        """Save a sequence's state to a file, which appears whole or not at all. As `save`."""
+        """Save a sequence's state to a file, which appears whole or not at all, also if the machine fails. As `save`.
+
+        A symbolic link stays, and the file that it leads to is written. A file that is replaced hands down its mode; a
+        new one is for its owner alone.
+
+        Raises:
+            OSError: If the file cannot be written, or `path` is a device, a pipe or the like.
+        """
+        path = os.path.realpath(os.fspath(path))
+        _mode_of(path)
         data = memoryview(self.save(seq_id, token))
-        folder = os.path.dirname(os.path.abspath(os.fspath(path)))
-        handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
+        folder = os.path.dirname(path)
+        handle, partial = tempfile.mkstemp(dir=folder, suffix=b".partial" if isinstance(path, bytes) else ".partial")
         try:
             with open(handle, "wb") as file:
                 for start in range(0, len(data), _PIECE):
                     if token is not None:
                         token.raise_if_cancelled()
                     file.write(data[start : start + _PIECE])
+                mode = _mode_of(path)
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)
+                file.flush()
+                os.fsync(file.fileno())
+            if token is not None:
+                token.raise_if_cancelled()
             os.replace(partial, path)
         except BaseException:
             os.unlink(partial)
             raise
+        _sync_folder(folder)
 
     def load_file(self, path, seq_id=0, token=None):
         """Load a sequence's state from a file. As `load`."""
@@ -292,6 +311,39 @@ cdef class State:
 
     def __repr__(self):
         return f"<State of {self.context!r}>"
+
+
+def _mode_of(path):
+    """The permissions of the file that is there, or None if none is; what is no file cannot be replaced by one."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "a state is saved to a file, and this is none", path)
+    return stat.S_IMODE(found.st_mode)
+
+
+def _sync_folder(folder):
+    """Has the folder's new entry survive a crash, where the file system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def _differences(about, mine):
+    """What two descriptions do not have in common, in words."""
+    there, here = (dict(line.partition("=")[::2] for line in text.decode("utf-8", "replace").splitlines())
+                   for text in (about, mine))
+    return "; ".join(f"{name} was {there.get(name) or 'none'}, and is {here.get(name) or 'none'} here"
+                     for name in dict.fromkeys([*here, *there]) if there.get(name) != here.get(name))
 
 
 _register(Memory, State)

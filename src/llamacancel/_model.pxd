@@ -25,5 +25,6 @@ cdef class Model:
 cdef class LoraAdapter:
     cdef shared_ptr[ModelBox] box     # the model, which outlives the adapter
     cdef int pid                      # the process that loaded it
+    cdef bytes identity               # tells it from other adapters, by what it does
     cdef llama_adapter_lora * native  # freed with this object, which the contexts that use it hold
     cdef object _path

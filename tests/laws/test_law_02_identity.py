@@ -158,6 +158,23 @@ def test_an_already_cancelled_token_starts_no_work(arch: str, new_context: NewCo
     assert same_bits(context.logits(-1), last)
 
 
+def test_a_batch_is_not_looked_at_under_a_cancelled_token(new_context: NewContext) -> None:
+    context = new_context("llama")
+    error = cancelled(context, batch((tokens(4), 7, 0)), dead())  # that does not follow on an empty context
+    assert error is not None
+    assert error.sequences == {0: lc.SequenceOutcome("rolled_back", 7, 0, True)}
+
+
+@pytest.mark.timeout(40)  # the cube of the sequences for each row would take minutes
+def test_what_a_batch_of_shared_rows_costs_to_check_is_bounded_by_its_size(new_context: NewContext) -> None:
+    context = new_context("llama", n_ctx=16384, n_batch=16384, n_seq_max=256)
+    rows = lc.Batch(16384, n_seq_max=256)
+    rows.add_sequence(tokens(16383), seq_id=range(256))
+    rows.add(400, 16383, 256)
+    with pytest.raises(lc.InvalidBatchError, match="row 16383: sequence id 256"):
+        context.decode(rows)
+
+
 def test_an_embedding_model_starts_no_work_under_a_cancelled_token(new_context: NewContext) -> None:
     context = new_context("embedding", n_ubatch=None, embeddings=True)
     context.decode(batch((tokens(20), 0, 0)))

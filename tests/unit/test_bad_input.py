@@ -8,6 +8,7 @@ the same positions, nothing is dirty, and what it computes next has the same bit
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -121,6 +122,8 @@ DECODE = [
     Case("decode: a token that is a string", TypeError, "CancelToken str", lambda w: w.ctx.decode(follow(1), "stop")),
     Case("decode: a token that is a list", TypeError, "CancelToken list", lambda w: w.ctx.decode(follow(1), [lc.CancelToken()])),
     Case("decode: tokens by sequence that are none", TypeError, "token of sequence 0 CancelToken NoneType", lambda w: w.ctx.decode(follow(1), {0: None})),
+    Case("decode: a token for a sequence without rows", lc.InvalidBatchError, "token sequence 1 no row", lambda w: w.ctx.decode(follow(1), {0: lc.CancelToken(), 1: lc.CancelToken()})),
+    Case("decode: a token for a sequence without rows alone", lc.InvalidBatchError, "token sequence -7 no row", lambda w: w.ctx.decode(follow(1), {-7: lc.CancelToken()})),
     Case("decode: tokens by a name", TypeError, "sequence id integer 'a'", lambda w: w.ctx.decode(follow(1), {"a": lc.CancelToken()})),
     Case("decode: tokens by a huge id", ValueError, "sequence id 1099511627776", lambda w: w.ctx.decode(follow(1), {2**40: lc.CancelToken()})),
     Case("decode: on_cancel unknown", ValueError, "on_cancel 'rollback' 'keep' 'drop'", lambda w: w.ctx.decode(follow(1), on_cancel="drop")),
@@ -231,9 +234,9 @@ STATE = [
     Case("state.load: zeros", lc.StateError, "no saved state", _state(lambda d: bytes(len(d)))),
     Case("state.load: another magic", lc.StateError, "no saved state", _state(lambda d: b"X" + d[1:])),
     Case("state.load: a bit flipped in the data", lc.StateError, "damaged checksum", _state(lambda d: d[:-9] + bytes([d[-9] ^ 4]) + d[-8:])),
-    Case("state.load: a bit flipped in the description", lc.StateError, "saved for", _state(lambda d: d[:26] + bytes([d[26] ^ 1]) + d[27:])),
-    Case("state.load: of another model", lc.StateError, "saved for mamba this is", _foreign_state("mamba")),
-    Case("state.load: of another attention model", lc.StateError, "saved for moe this is", _foreign_state("moe")),
+    Case("state.load: a bit flipped in the description", lc.StateError, "saved elsewhere model", _state(lambda d: d[:26] + bytes([d[26] ^ 1]) + d[27:])),
+    Case("state.load: of another model", lc.StateError, "saved elsewhere model was memory was recurrent is attention", _foreign_state("mamba")),
+    Case("state.load: of another attention model", lc.StateError, "saved elsewhere model was", _foreign_state("moe")),
     Case("state.load: into a sequence that is not", ValueError, "sequence id 1", _state(lambda d: None, 1)),
     Case("state.load: into a sequence that is None", TypeError, "sequence id integer None", _state(lambda d: None, None)),
     Case("state.load: text", TypeError, "bytes", lambda w: w.ctx.state.load(0, "state")),
@@ -242,6 +245,8 @@ STATE = [
     Case("state.save: a token that is none", TypeError, "CancelToken", lambda w: w.ctx.state.save(0, "token")),
     Case("state.load_file: no file", FileNotFoundError, "nowhere", lambda w: w.ctx.state.load_file(w.folder / "nowhere")),
     Case("state.load_file: a folder", IsADirectoryError, "", lambda w: w.ctx.state.load_file(w.folder)),
+    Case("state.save_file: to a device", OSError, "is none /dev/null", lambda w: w.ctx.state.save_file(os.devnull)),
+    Case("state.save_file: to a folder", OSError, "is none", lambda w: w.ctx.state.save_file(w.folder)),
     Case("state.save_file: into no folder", FileNotFoundError, "nowhere", lambda w: w.ctx.state.save_file(w.folder / "nowhere" / "state")),
 ]  # fmt: skip
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import llamacancel as lc
+from llamacancel.make_model import make_lora
 from tests.conftest import GENERATIVE, batch_of, prompt
+from tests.unit.test_damaged_files import Gguf
 
 LoadedModel = Callable[[str], lc.Model]
 NewContext = Callable[..., lc.Context]
@@ -103,6 +108,95 @@ def test_a_file_holds_a_state(arch: str, model_of: LoadedModel, new_context: New
     assert os.listdir(tmp_path) == ["state"]
     assert (tmp_path / "state").read_bytes() == context.state.save(0)
     assert follow(other, 50) == follow(context, 50)
+
+
+def test_a_link_to_a_file_stays_a_link(model_of: LoadedModel, new_context: NewContext, tmp_path: Path) -> None:
+    context = new_context("llama")
+    context.decode(batch_of(prompt(model_of("llama"), 50)))
+    (tmp_path / "link").symlink_to("state")
+    for mode in (None, 0o640):
+        if mode is not None:
+            (tmp_path / "state").chmod(mode)
+        context.state.save_file(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "state").read_bytes() == context.state.save(0)
+        assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == (mode or 0o600)
+    assert sorted(os.listdir(tmp_path)) == ["link", "state"]
+
+
+def test_a_pipe_is_not_replaced_by_a_file(model_of: LoadedModel, new_context: NewContext, tmp_path: Path) -> None:
+    context = new_context("llama")
+    context.decode(batch_of(prompt(model_of("llama"), 50)))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is none"):
+        context.state.save_file(tmp_path / "pipe")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_state_of_other_weights_is_refused_whatever_their_file_is_called(
+    model_path: Callable[[str], Path], tmp_path: Path
+) -> None:
+    original = Gguf.read(model_path("llama"))
+    tuned = original.with_tensor(
+        b"blk.1.attn_q.weight", lambda tensor: replace(tensor, data=bytes(byte ^ 1 for byte in tensor.data))
+    )
+    paths = [tmp_path / "a" / "model.gguf", tmp_path / "b" / "model.gguf", tmp_path / "renamed.gguf"]
+    for path, gguf in zip(paths, (original, tuned, original), strict=True):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(gguf.to_bytes())
+    with contextlib.ExitStack() as stack:
+        models = [stack.enter_context(lc.Model.load(path)) for path in paths]
+        context, other, renamed = (stack.enter_context(model.context(n_ctx=64, n_threads=1)) for model in models)
+        context.decode(batch_of(prompt(models[0], 20)))
+        state = context.state.save(0)
+        with pytest.raises(lc.StateError, match=r"model was .*, and is .* here"):
+            other.state.load(0, state)
+        assert other.memory.pos_max(0) == -1
+        renamed.state.load(0, state)
+        assert follow(renamed, 20) == follow(context, 20)
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"rope_freq_base": 20000.0}, "rope_freq_base was 10000, and is 20000 here"),
+        ({"rope_freq_scale": 0.5}, "rope_freq_scale was 1, and is 0.5 here"),
+        ({"yarn_ext_factor": 1.0}, "yarn_ext_factor was 0, and is 1 here"),
+        ({"yarn_orig_ctx": 77}, "yarn_orig_ctx was .*, and is 77 here"),
+        ({"type_k": "q8_0"}, "type_k was f16, and is q8_0 here"),
+        ({"flash_attn": False}, "flash_attn was on, and is off here"),
+    ],
+)
+def test_what_a_state_was_computed_with_is_told_where_it_differs(
+    params: dict[str, object], words: str, model_of: LoadedModel, new_context: NewContext
+) -> None:
+    context, other = new_context("llama", flash_attn=True), new_context("llama", **{"flash_attn": True, **params})
+    context.decode(batch_of(prompt(model_of("llama"), 20)))
+    with pytest.raises(lc.StateError, match=words):
+        other.state.load(0, context.state.save(0))
+    assert other.memory.pos_max(0) == -1
+
+
+def test_adapters_and_their_scales_are_part_of_a_state(
+    model_of: LoadedModel, new_context: NewContext, tmp_path: Path
+) -> None:
+    model = model_of("llama")
+    one, same, two = (
+        model.load_lora(make_lora(tmp_path / f"{name}.gguf", model.path, seed=seed))
+        for name, seed in (("one", 0), ("same", 0), ("two", 1))
+    )
+    context, other = new_context("llama"), new_context("llama")
+    context.set_lora([(one, 1.0), (two, 0.5)])
+    context.decode(batch_of(prompt(model, 20)))
+    state = context.state.save(0)
+    for adapters in ((), [(one, 1.0)], [(one, 0.5), (two, 0.5)], [(two, 1.0), (one, 0.5)]):
+        other.set_lora(adapters)
+        with pytest.raises(lc.StateError, match=r"adapters was .*, and is .* here"):
+            other.state.load(0, state)
+    other.set_lora([(two, 0.5), (same, 1.0)])
+    other.state.load(0, state)
+    assert other.memory.pos_max(0) == 19
 
 
 def test_a_cancelled_save_leaves_no_file(model_of: LoadedModel, new_context: NewContext, tmp_path: Path) -> None:

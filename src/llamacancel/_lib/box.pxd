@@ -134,6 +134,8 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
     Call shared_call(const BatchView & batch, const cppmap[llama_seq_id, shared_ptr[TokenState]] & tokens,
                      WhenShared when, OnCancel on_cancel) except +
 
+    string check_tokens(const BatchView & batch, const cppmap[llama_seq_id, shared_ptr[TokenState]] & tokens) except +
+
     cppclass ModelBox:
         @staticmethod
         Status load(const string & path, llama_model_params params, const vector[string] & rpc_servers, Call & call,
@@ -152,7 +154,8 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         Status detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special,
                           string & text, string & message) except +
         string piece(llama_token token, bool special) except +
-        Status load_adapter(const string & path, Call & call, llama_adapter_lora * & adapter, string & message) except +
+        Status load_adapter(const string & path, Call & call, llama_adapter_lora * & adapter, string & identity,
+                            string & message) except +
         void free_adapter(llama_adapter_lora * adapter) except +
 
     cppclass ContextBox:
@@ -172,6 +175,7 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         Status copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1, string & message) except +
         void keep(llama_seq_id seq) except +
         Status clear(string & message) except +
+        string description() except +
         Status save_state(llama_seq_id seq, Call & call, vector[uint8_t] & bytes, string & message) except +
         Status load_state(llama_seq_id seq, const uint8_t * bytes, size_t size, Call & call, string & message) except +
         llama_context * get() noexcept

@@ -47,6 +47,7 @@ public:
     std::string lost_server() const;  // what to say when the connection to a worker was lost; "" while none was
     void confirm() const noexcept;    // waits until the workers have done what they were sent
     MemoryKind memory_kind() const noexcept { return memory_kind_; }  // of its contexts
+    const std::string & identity() const noexcept { return identity_; }  // of its weights, see Files::identity()
     uint32_t positions_per_embd() const noexcept;                     // more than one for M-RoPE
     bool has_weights() const noexcept;                                // false if loaded with vocab_only
     int32_t max_positions() const noexcept;                           // in a learned table of them; 0 without one
@@ -59,8 +60,9 @@ public:
                       std::string & text, std::string & message) const;
     std::string piece(llama_token token, bool special) const;
 
-    // A LoRA adapter, to be freed before the model.
-    Status load_adapter(const std::string & path, Call & call, llama_adapter_lora *& adapter, std::string & message);
+    // A LoRA adapter, to be freed before the model; `identity` tells it from others as identity() does models.
+    Status load_adapter(const std::string & path, Call & call, llama_adapter_lora *& adapter, std::string & identity,
+                        std::string & message);
     void free_adapter(llama_adapter_lora * adapter);
 
     // llama_init_from_model(), which for YaRN writes into the model: that is undone, and contexts are made one by one.
@@ -82,13 +84,11 @@ private:
     llama_model * model_;
     const bool on_cpu_;
     MemoryKind memory_kind_ = MemoryKind::None;
+    std::string identity_;
     std::timed_mutex making_;  // held while a context or an adapter is made, which llama.cpp writes down in the model
     std::timed_mutex cost_mutex_;
     std::map<int32_t, GapCost> cost_;
 };
-
-// Looks at a GGUF file before llama.cpp does: what would end the process there is said here. "" if sound.
-std::string check_gguf(const std::string & path, bool adapter);
 
 // ---- context ---------------------------------------------------------------------------------------------
 
@@ -100,6 +100,9 @@ using SequenceTokens = std::map<llama_seq_id, TokenState::Ptr>;
 // The call of a batch whose sequences have tokens of their own. A row is cancelled when all its sequences are;
 // a row with a sequence that has no token never is.
 Call shared_call(const BatchView & batch, const SequenceTokens & tokens, WhenShared when, OnCancel on_cancel);
+
+// Says for which sequence a token is given that the batch has no row of; "" if there is none.
+std::string check_tokens(const BatchView & batch, const SequenceTokens & tokens);
 
 struct SequenceResult {
     llama_seq_id seq;
@@ -159,6 +162,8 @@ public:
 
     // The state of one sequence as bytes, and back; polls `call` between tensors. A load that fails or is
     // cancelled leaves the sequence as it was.
+    // What a state saved here depends on, as "name=value" in lines: it is of use only where they are the same.
+    std::string description() const;
     Status save_state(llama_seq_id seq, Call & call, std::vector<uint8_t> & bytes, std::string & message);
     Status load_state(llama_seq_id seq, const uint8_t * bytes, size_t size, Call & call, std::string & message);
 
@@ -172,7 +177,8 @@ public:
     const std::shared_ptr<ModelBox> & model() const noexcept { return model_; }
 
 private:
-    ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, const Cut & cut, bool output_all);
+    ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, const Cut & cut,
+               const llama_context_params & params);
 
     class Run;
 
@@ -194,6 +200,7 @@ private:
     llama_context * const ctx_;
     const Cut cut_;
     const bool output_all_;
+    const ggml_type type_k_, type_v_;
     const Memory memory_;
     Journal journal_;
     Outputs outputs_;

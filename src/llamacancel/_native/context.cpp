@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <limits>
 
 #include "box.hpp"
@@ -7,6 +8,7 @@
 #include "ggml-cpu.h"
 #include "llama-context.h"
 #include "llama-kv-cache.h"
+#include "llama-model.h"
 #include "steps.hpp"
 
 namespace llamacancel {
@@ -22,7 +24,7 @@ Status ContextBox::make(std::shared_ptr<ModelBox> model, llama_context_params pa
         AssertionGuard guard;
         params.n_ubatch = cut.n_ubatch;
         if (llama_context * ctx = model->make_context(params, call)) {
-            box.reset(new ContextBox(model, ctx, cut, params.embeddings));
+            box.reset(new ContextBox(model, ctx, cut, params));
         } else {
             message = last_errors();
         }
@@ -43,12 +45,15 @@ Status ContextBox::make(std::shared_ptr<ModelBox> model, llama_context_params pa
     return box ? Status::Done : Status::Failed;
 }
 
-ContextBox::ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, const Cut & cut, bool output_all)
+ContextBox::ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, const Cut & cut,
+                       const llama_context_params & params)
     : model_(std::move(model)),
       ctx_(ctx),
       cut_(cut),
-      output_all_(output_all),
-      memory_(llama_get_memory(ctx), output_all),
+      output_all_(params.embeddings),
+      type_k_(params.type_k),
+      type_v_(params.type_v),
+      memory_(llama_get_memory(ctx), output_all_),
       journal_(memory_) {
     llama_set_abort_callback(
         ctx_, [](void * slot) { return CallSlot::trampoline(slot) || exiting(); }, &slot_);
@@ -172,80 +177,93 @@ std::string ContextBox::check(const BatchView & batch, bool encoding) const {
     struct Sequence {
         int32_t last_row = -1;
         int32_t n_rows = 0;
+        int32_t named_in = -1;  // the last row that names it
+        llama_pos held_from = -1, held_to = -1;
     };
     std::vector<Sequence> sequences(n_seq_max);
     const bool may_share = memory_.split == Split::Simple || memory_.split == Split::Equal;
     const bool mrope = model_->positions_per_embd() > 1;
     const int32_t max_positions = model_->max_positions();
     for (int32_t row = 0; row < batch.n_rows; ++row) {
-        const std::string where = "row " + text(row) + ": ";
+        const auto in_row = [row](const std::string & what) { return "row " + text(row) + ": " + what; };
+        const llama_pos pos = batch.pos[row];
         if (batch.token && (batch.token[row] < 0 || batch.token[row] >= n_vocab)) {
-            return where + "token " + text(batch.token[row]) + " is outside of the vocabulary (0 to " +
-                   text(n_vocab - 1) + ")";
+            return in_row("token " + text(batch.token[row]) + " is outside of the vocabulary (0 to " +
+                          text(n_vocab - 1) + ")");
         }
-        if (batch.pos[row] < 0) {
-            return where + "position " + text(batch.pos[row]) + " is negative";
+        if (pos < 0) {
+            return in_row("position " + text(pos) + " is negative");
         }
-        if (max_positions > 0 && batch.pos[row] >= max_positions) {
-            return where + "position " + text(batch.pos[row]) + " is none that the model has learned (0 to " +
-                   text(max_positions - 1) + ")";
+        if (max_positions > 0 && pos >= max_positions) {
+            return in_row("position " + text(pos) + " is none that the model has learned (0 to " +
+                          text(max_positions - 1) + ")");
         }
         const int32_t * const begin = batch.seqs_begin(row);
         const int32_t * const end = batch.seqs_end(row);
         if (begin == end) {
-            return where + "it belongs to no sequence";
+            return in_row("it belongs to no sequence");
         }
         if (end - begin > 1 && !may_share) {
-            return where + "a row of several sequences needs a cache that they share (" +
-                   (memory_.recurrent ? "this model's state is recurrent" : "make the context with kv_unified=True") +
-                   ")";
+            return in_row(
+                std::string("a row of several sequences needs a cache that they share (") +
+                (memory_.recurrent ? "this model's state is recurrent" : "make the context with kv_unified=True") + ")");
         }
         for (const int32_t * seq = begin; seq != end; ++seq) {
             if (*seq < 0 || *seq >= n_seq_max) {
-                return where + "sequence id " + text(*seq) + " is outside of 0 to " + text(n_seq_max - 1) +
-                       " (n_seq_max is " + text(n_seq_max) + ")";
+                return in_row("sequence id " + text(*seq) + " is outside of 0 to " + text(n_seq_max - 1) +
+                              " (n_seq_max is " + text(n_seq_max) + ")");
             }
-            if (std::find(begin, seq, *seq) != seq) {
-                return where + "sequence id " + text(*seq) + " is named twice";
-            }
-        }
-        for (const int32_t * seq = begin; seq != end; ++seq) {
             Sequence & sequence = sequences[*seq];
-            const llama_pos held = memory_.pos_max(*seq);
+            if (sequence.named_in == row) {
+                return in_row("sequence id " + text(*seq) + " is named twice");
+            }
+            if (sequence.named_in < 0) {
+                sequence.held_from = memory_.pos_min(*seq);
+                sequence.held_to = memory_.pos_max(*seq);
+            }
+            sequence.named_in = row;
+        }
+        // Sequences may part from one another in a batch and never join: those of a row had their last row in common,
+        // or none had one.
+        const Sequence & first = sequences[*begin];
+        const int32_t last_row = first.last_row;
+        const int32_t * const joins =
+            std::find_if(begin, end, [&](int32_t seq) { return sequences[seq].last_row != last_row; });
+        for (const int32_t * seq = begin; seq != end; ++seq) {
+            const Sequence & sequence = sequences[*seq];
+            const llama_pos held = sequence.held_to;
             if (encoding && held >= 0) {
-                return where + "the decoder holds positions of sequence " + text(*seq) +
-                       ": remove them from the memory before encoding anew";
+                return in_row("the decoder holds positions of sequence " + text(*seq) +
+                              ": remove them from the memory before encoding anew");
             }
             if (sequence.last_row >= 0) {
                 const llama_pos before = batch.pos[sequence.last_row];
-                if (mrope ? batch.pos[row] < before : batch.pos[row] != before + 1) {
-                    return where + "position " + text(batch.pos[row]) + " of sequence " + text(*seq) +
-                           " does not follow on position " + text(before) + " in row " + text(sequence.last_row);
+                if (mrope ? pos < before : pos != before + 1) {
+                    return in_row("position " + text(pos) + " of sequence " + text(*seq) +
+                                  " does not follow on position " + text(before) + " in row " +
+                                  text(sequence.last_row));
                 }
-                const bool narrows = std::all_of(begin, end, [&](int32_t id) {
-                    return std::find(batch.seqs_begin(sequence.last_row), batch.seqs_end(sequence.last_row), id) !=
-                           batch.seqs_end(sequence.last_row);
-                });
-                if (!narrows) {
-                    return where + "sequence " + text(*seq) + " joins a row of sequences that it did not share row " +
-                           text(sequence.last_row) + " with";
+                if (joins != end) {
+                    return in_row("sequence " + text(*seq) + " joins a row of sequences that it did not share row " +
+                                  text(sequence.last_row) + " with");
                 }
             } else {
-                if (held >= 0 && (mrope ? batch.pos[row] <= held : batch.pos[row] != held + 1)) {
-                    return where + "position " + text(batch.pos[row]) + " of sequence " + text(*seq) +
-                           " does not follow on what the context holds (up to position " + text(held) + ")";
+                if (held >= 0 && (mrope ? pos <= held : pos != held + 1)) {
+                    return in_row("position " + text(pos) + " of sequence " + text(*seq) +
+                                  " does not follow on what the context holds (up to position " + text(held) + ")");
                 }
-                if (memory_.pos_min(*begin) != memory_.pos_min(*seq) ||
-                    memory_.pos_max(*begin) != memory_.pos_max(*seq)) {
-                    return where + "sequences " + text(*begin) + " and " + text(*seq) +
-                           " share the row, but the context holds different positions of them";
+                if (first.held_from != sequence.held_from || first.held_to != sequence.held_to) {
+                    return in_row("sequences " + text(*begin) + " and " + text(*seq) +
+                                  " share the row, but the context holds different positions of them");
                 }
             }
-            sequence.last_row = row;
-            sequence.n_rows += 1;
         }
-        if (batch.pos[row] == std::numeric_limits<int32_t>::max()) {
-            return where + "position " + text(batch.pos[row]) + " leaves none to go on from";
+        for (const int32_t * seq = begin; seq != end; ++seq) {
+            sequences[*seq].last_row = row;
+            sequences[*seq].n_rows += 1;
+        }
+        if (pos == std::numeric_limits<int32_t>::max()) {
+            return in_row("position " + text(pos) + " leaves none to go on from");
         }
     }
     if (pooled()) {
@@ -259,15 +277,59 @@ std::string ContextBox::check(const BatchView & batch, bool encoding) const {
     return "";
 }
 
-std::vector<llama_seq_id> ContextBox::dirty_among(const BatchView & batch) const {
-    std::vector<llama_seq_id> found;
-    for (llama_seq_id seq : dirty_) {
-        if (std::find(batch.seq_id, batch.seq_id + batch.seq_offset[batch.n_rows], seq) !=
-            batch.seq_id + batch.seq_offset[batch.n_rows]) {
-            found.push_back(seq);
+std::string check_tokens(const BatchView & batch, const SequenceTokens & tokens) {
+    std::set<llama_seq_id> absent;
+    for (const auto & [seq, token] : tokens) {
+        absent.insert(seq);
+    }
+    for (int32_t row = 0; row < batch.n_rows && !absent.empty(); ++row) {
+        for (const int32_t * seq = batch.seqs_begin(row); seq != batch.seqs_end(row); ++seq) {
+            absent.erase(*seq);
         }
     }
-    return found;
+    return absent.empty() ? "" : "a token is given for sequence " + text(*absent.begin()) + ", which has no row in the batch";
+}
+
+std::vector<llama_seq_id> ContextBox::dirty_among(const BatchView & batch) const {
+    std::set<llama_seq_id> found;
+    for (const int32_t * seq = batch.seq_id; !dirty_.empty() && seq != batch.seqs_end(batch.n_rows - 1); ++seq) {
+        if (dirty_.count(*seq)) {
+            found.insert(*seq);
+        }
+    }
+    return {found.begin(), found.end()};
+}
+
+std::string ContextBox::description() const {
+    const llama_cparams & params = ctx_->get_cparams();
+    std::string said;
+    const auto say = [&](const char * name, const std::string & value) { said += name + ("=" + value) + "\n"; };
+    const auto say_number = [&](const char * name, double value) {
+        char number[32];
+        std::snprintf(number, sizeof(number), "%.9g", value);
+        say(name, number);
+    };
+    say("model", model_->identity());
+    say("memory", name_of(memory_.kind));
+    if (memory_.kind != MemoryKind::Recurrent) {
+        say("type_k", ggml_type_name(type_k_));
+        say("type_v", ggml_type_name(type_v_));
+        say("flash_attn", params.flash_attn ? "on" : "off");  // how values lie in the cache
+        say("causal_attn", params.causal_attn ? "on" : "off");
+        say_number("rope_freq_base", params.rope_freq_base);
+        say_number("rope_freq_scale", params.rope_freq_scale);
+        say_number("yarn_ext_factor", params.yarn_ext_factor);
+        say_number("yarn_attn_factor", params.yarn_attn_factor);
+        say_number("yarn_beta_fast", params.yarn_beta_fast);
+        say_number("yarn_beta_slow", params.yarn_beta_slow);
+        say_number("yarn_orig_ctx", params.n_ctx_orig_yarn);
+        const llama_hparams & hparams = model_->get()->hparams;
+        const auto & layers = model_->get()->layers;
+        if (std::any_of(layers.begin(), layers.end(), [](const llama_layer & layer) { return layer.rope_long; })) {
+            say("rope_factors", params.n_ctx_seq > hparams.n_ctx_orig_yarn ? "long" : "short");
+        }
+    }
+    return said;
 }
 
 // ---- memory ----------------------------------------------------------------------------------------------

@@ -1,17 +1,11 @@
-#include <sys/stat.h>
-
 #include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <future>
-#include <initializer_list>
 
 #include "box.hpp"
+#include "files.hpp"
 #include "ggml-backend.h"
-#include "ggml-cpu.h"
-#include "gguf.h"
 #include "llama-context.h"
 #include "llama-graph.h"
 #include "llama-model.h"
@@ -22,165 +16,6 @@ namespace llamacancel {
 namespace {
 
 constexpr std::chrono::milliseconds kBetweenLooks{2};  // at the call, while another thread works
-
-using Gguf = std::unique_ptr<gguf_context, decltype(&gguf_free)>;
-
-// The value of an integer key, whatever its width; -1 if there is none (or it is an array).
-int64_t int_value(const gguf_context * gguf, const std::string & key) {
-    const int64_t id = gguf_find_key(gguf, key.c_str());
-    if (id < 0) {
-        return -1;
-    }
-    switch (gguf_get_kv_type(gguf, id)) {
-        case GGUF_TYPE_UINT8:
-            return gguf_get_val_u8(gguf, id);
-        case GGUF_TYPE_INT8:
-            return gguf_get_val_i8(gguf, id);
-        case GGUF_TYPE_UINT16:
-            return gguf_get_val_u16(gguf, id);
-        case GGUF_TYPE_INT16:
-            return gguf_get_val_i16(gguf, id);
-        case GGUF_TYPE_UINT32:
-            return gguf_get_val_u32(gguf, id);
-        case GGUF_TYPE_INT32:
-            return gguf_get_val_i32(gguf, id);
-        case GGUF_TYPE_UINT64:
-            return static_cast<int64_t>(gguf_get_val_u64(gguf, id));
-        case GGUF_TYPE_INT64:
-            return gguf_get_val_i64(gguf, id);
-        default:
-            return -1;
-    }
-}
-
-bool has_kernel(ggml_type type) { return type == GGML_TYPE_F32 || ggml_get_type_traits_cpu(type)->vec_dot != nullptr; }
-
-std::string check_tensors(const gguf_context * gguf, ggml_context * tensors, int64_t file_size) {
-    const int64_t n = gguf_get_n_tensors(gguf);
-    for (int64_t i = 0; i < n; ++i) {
-        const std::string name = gguf_get_tensor_name(gguf, i);
-        const ggml_type type = gguf_get_tensor_type(gguf, i);
-        const int64_t end =
-            gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, i) + gguf_get_tensor_size(gguf, i);
-        if (end > file_size) {
-            return "the file is truncated: tensor '" + name + "' ends at byte " + std::to_string(end) + " of " +
-                   std::to_string(file_size);
-        }
-        if (!has_kernel(type)) {
-            return "tensor '" + name + "' has type " + ggml_type_name(type) +
-                   ", which the CPU backend cannot compute with";
-        }
-        // Norms, biases and the like are operands of elementwise operations, whose kernels want F32.
-        if (ggml_n_dims(ggml_get_tensor(tensors, name.c_str())) == 1 && type != GGML_TYPE_F32) {
-            return "tensor '" + name + "' has one dimension and type " + ggml_type_name(type) +
-                   "; such tensors are f32";
-        }
-    }
-    return "";
-}
-
-// What llama.cpp divides by without looking, where the key is missing.
-std::string check_divisors(const gguf_context * gguf, const std::string & arch) {
-    const auto is_one_of = [&](std::initializer_list<const char *> names) {
-        return std::find(names.begin(), names.end(), arch) != names.end();
-    };
-    const auto contains = [&](const char * part) { return arch.find(part) != std::string::npos; };
-    const bool rwkv = contains("rwkv");
-    const bool attends = !rwkv && !is_one_of({"mamba", "mamba2", "wavtokenizer-dec"});
-    const bool grouped = is_one_of(
-        {"mamba2", "falcon-h1", "granitehybrid", "nemotron_h", "nemotron_h_moe", "qwen3next", "qwen35", "qwen35moe"});
-    const bool experts = contains("moe") || is_one_of({"qwen3next", "qwen4exp", "mellum", "rnd1"});
-    const std::pair<const char *, bool> divisors[] = {
-        {"attention.head_count", attends},
-        {"wkv.head_size", rwkv},
-        {"ssm.group_count", grouped},
-        {"expert_used_count", experts},
-    };
-    for (const auto & [name, needed] : divisors) {
-        const std::string key = arch + "." + name;
-        const int64_t id = gguf_find_key(gguf, key.c_str());
-        const bool is_array = id >= 0 && gguf_get_kv_type(gguf, id) == GGUF_TYPE_ARRAY;
-        if (needed && !is_array && int_value(gguf, key) < 1) {
-            return "'" + key + "' is missing or 0";
-        }
-    }
-    return "";
-}
-
-std::string check_shape(const gguf_context * gguf, const std::string & arch) {
-    struct Limit {
-        const char * key;
-        int64_t low, high;
-        bool needed;
-    };
-    const Limit limits[] = {
-        {"block_count", 1, 100'000, true},
-        {"embedding_length", 1, 1 << 24, true},
-        {"context_length", 1, int64_t(1) << 31, true},
-        {"feed_forward_length", 0, 1 << 24, false},
-        {"attention.head_count", 0, 1 << 16, false},
-        {"attention.head_count_kv", 0, 1 << 16, false},
-        {"attention.key_length", 1, 1 << 16, false},
-        {"attention.value_length", 1, 1 << 16, false},
-        {"attention.sliding_window", 0, int64_t(1) << 31, false},
-        {"rope.dimension_count", 0, 1 << 16, false},
-        {"expert_count", 0, 1 << 12, false},
-        {"expert_used_count", 0, 1 << 12, false},
-        {"ssm.conv_kernel", 1, 1 << 10, false},
-        {"ssm.inner_size", 1, 1 << 24, false},
-        {"ssm.state_size", 1, 1 << 16, false},
-        {"ssm.time_step_rank", 1, 1 << 24, false},
-        {"wkv.head_size", 1, 1 << 16, false},
-        {"experts_per_group", 1, 1 << 16, false},
-        {"expert_group_count", 0, 1 << 12, false},
-        {"conv_group_size", 1, 1 << 24, false},
-        {"interleave_moe_layer_step", arch == "llama4" ? 0 : 1, 1 << 16, false},
-    };
-    for (const Limit & limit : limits) {
-        const std::string key = arch + "." + limit.key;
-        if (gguf_find_key(gguf, key.c_str()) < 0) {
-            if (limit.needed) {
-                return "the file has no key '" + key + "'";
-            }
-            continue;
-        }
-        if (gguf_get_kv_type(gguf, gguf_find_key(gguf, key.c_str())) == GGUF_TYPE_ARRAY) {
-            continue;  // a value for each layer
-        }
-        const int64_t value = int_value(gguf, key);
-        if (value < limit.low || value > limit.high) {
-            return "'" + key + "' is " + std::to_string(value) + ", outside of " + std::to_string(limit.low) + " to " +
-                   std::to_string(limit.high);
-        }
-    }
-    for (const char * name : {"layer_norm_epsilon", "layer_norm_rms_epsilon", "group_norm_epsilon"}) {
-        const std::string key = arch + ".attention." + name;
-        const int64_t id = gguf_find_key(gguf, key.c_str());
-        if (id >= 0 && gguf_get_kv_type(gguf, id) == GGUF_TYPE_FLOAT32) {
-            const float value = gguf_get_val_f32(gguf, id);
-            if (!(value >= 0 && std::isfinite(value))) {
-                return "'" + key + "' is " + std::to_string(value) + ", which is no epsilon";
-            }
-        }
-    }
-    const int64_t heads = int_value(gguf, arch + ".attention.head_count");
-    const int64_t kv_heads = int_value(gguf, arch + ".attention.head_count_kv");
-    if (heads > 0 && kv_heads > 0 && heads % kv_heads != 0) {
-        return "'" + arch + ".attention.head_count' (" + std::to_string(heads) + ") is no multiple of head_count_kv (" +
-               std::to_string(kv_heads) + ")";
-    }
-    const int64_t embd = int_value(gguf, arch + ".embedding_length");
-    if (heads > 0 && embd % heads != 0 && int_value(gguf, arch + ".attention.key_length") < 0) {
-        return "'" + arch + ".embedding_length' (" + std::to_string(embd) + ") is no multiple of head_count (" +
-               std::to_string(heads) + ")";
-    }
-    const int64_t experts = int_value(gguf, arch + ".expert_count");
-    const int64_t experts_used = int_value(gguf, arch + ".expert_used_count");
-    if (experts > 0 && (experts_used < 1 || experts_used > experts)) {
-        return "'" + arch + ".expert_used_count' is " + std::to_string(experts_used) + " of " + std::to_string(experts);
-    }
-    return check_divisors(gguf, arch);
-}
 
 // What the CPU kernels assert of a node, or never end on. They run on threads without a guard, where an
 // assert would end the process.
@@ -254,13 +89,16 @@ std::string check_node(const ggml_tensor * node) {
 }
 
 // llama.cpp's RWKV tokenizer never ends at a byte that begins a token and is none itself.
-std::string check_vocab(const ModelBox & box) {
+std::string check_vocab(const ModelBox & box, Call & call) {
     if (llama_vocab_type(box.vocab()) != LLAMA_VOCAB_TYPE_RWKV) {
         return "";
     }
     bool begins[256] = {}, alone[256] = {};
     for (llama_token token = 0; token < llama_vocab_n_tokens(box.vocab()); ++token) {
         const std::string piece = box.piece(token, true);
+        if (token % 1024 == 0 && call.should_stop()) {
+            throw Stopped{};
+        }
         if (!piece.empty()) {
             const uint8_t first = piece[0];
             begins[first] = true;
@@ -311,47 +149,6 @@ struct LoadProgress {
 
 }  // namespace
 
-std::string check_gguf(const std::string & path, bool adapter) {
-    struct stat info;
-    if (stat(path.c_str(), &info) != 0) {
-        return std::strerror(errno);
-    }
-    if (!S_ISREG(info.st_mode)) {
-        return "not a file";
-    }
-    char magic[4] = {};
-    if (FILE * file = std::fopen(path.c_str(), "rb")) {
-        const size_t n = std::fread(magic, 1, sizeof(magic), file);
-        std::fclose(file);
-        if (n < sizeof(magic) || std::memcmp(magic, "GGUF", 4) != 0) {
-            return "not a GGUF file (it does not begin with 'GGUF')";
-        }
-    } else {
-        return std::strerror(errno);
-    }
-    clear_errors();
-    try {
-        AssertionGuard guard;
-        ggml_context * descriptions = nullptr;
-        const Gguf gguf(gguf_init_from_file(path.c_str(), {/*no_alloc=*/true, /*ctx=*/&descriptions}), gguf_free);
-        const std::unique_ptr<ggml_context, decltype(&ggml_free)> tensors(descriptions, ggml_free);
-        if (!gguf) {
-            return "not a sound GGUF file: " + last_errors();
-        }
-        const int64_t arch_id = gguf_find_key(gguf.get(), "general.architecture");
-        if (arch_id < 0 || gguf_get_kv_type(gguf.get(), arch_id) != GGUF_TYPE_STRING) {
-            return "the file has no key 'general.architecture'";
-        }
-        std::string problem = check_tensors(gguf.get(), tensors.get(), info.st_size);
-        if (problem.empty() && !adapter) {
-            problem = check_shape(gguf.get(), gguf_get_val_str(gguf.get(), arch_id));
-        }
-        return problem;
-    } catch (const std::exception & error) {
-        return std::string("not a sound GGUF file: ") + error.what();
-    }
-}
-
 Status ModelBox::load(const std::string & path, llama_model_params params, const std::vector<std::string> & rpc_servers,
                       Call & call, llama_progress_callback progress, void * progress_arg,
                       std::shared_ptr<ModelBox> & box, std::string & message) {
@@ -360,7 +157,12 @@ Status ModelBox::load(const std::string & path, llama_model_params params, const
     if (!LoadProgress::callback(0.0f, &state)) {
         return Status::Cancelled;
     }
-    message = check_gguf(path, false);
+    Files files;
+    try {
+        message = files.check(path, false, call);
+    } catch (const Stopped &) {
+        return Status::Cancelled;
+    }
     if (!message.empty()) {
         return Status::Invalid;
     }
@@ -371,6 +173,9 @@ Status ModelBox::load(const std::string & path, llama_model_params params, const
         const Status status = RpcServer::connect(endpoint, call, server, message);
         if (status != Status::Done) {
             return status;
+        }
+        if (std::find(servers.begin(), servers.end(), server) != servers.end()) {
+            continue;  // under another name
         }
         devices.insert(devices.end(), server->devices().begin(), server->devices().end());
         servers.push_back(std::move(server));
@@ -414,11 +219,15 @@ Status ModelBox::load(const std::string & path, llama_model_params params, const
         return Status::Failed;
     }
     try {
-        AssertionGuard guard;
-        message = check_vocab(*box);
+        const CountedSteps counted(call);
+        message = check_vocab(*box, call);
         if (message.empty() && !params.vocab_only) {
             message = box->try_out();
+            box->identity_ = files.identity(call);
         }
+    } catch (const Stopped &) {
+        box.reset();
+        return Status::Cancelled;
     } catch (const std::exception & error) {
         message = error.what();
     }
@@ -529,13 +338,15 @@ std::string ModelBox::piece(llama_token token, bool special) const {
 }
 
 Status ModelBox::load_adapter(const std::string & path, Call & call, llama_adapter_lora *& adapter,
-                              std::string & message) {
-    message = check_gguf(path, true);
-    if (!message.empty()) {
-        return Status::Invalid;
-    }
-    clear_errors();
+                              std::string & identity, std::string & message) {
+    Files files;
     try {
+        message = files.check(path, true, call);
+        if (!message.empty()) {
+            return Status::Invalid;
+        }
+        identity = files.identity(call);
+        clear_errors();
         const CountedSteps counted(call);
         const auto lock = lock_under(making_, call);
         adapter = llama_adapter_lora_init(model_, path.c_str());
