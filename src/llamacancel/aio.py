@@ -27,13 +27,15 @@ from ._model import Model
 from ._sampler import Sampler
 from .generation import Generation as _Generation
 from .generation import GenerationResult, Piece, TokenInfo
+from .handle import Handle
 from .scheduler import FinishReason, RequestState
 from .usage import Usage
 from .views import EngineSnapshot, RequestView
-from .work import Registration, Work
+from .work import Registration
 
 __all__ = ["Engine", "Generation"]
 
+_Handle = Handle[Any]
 _REASON = "the asyncio task was cancelled"
 
 
@@ -74,40 +76,43 @@ class _Bell:
 
 
 class _Waiting:
-    """Lets tasks of one event loop wait for news of a request."""
+    """Lets tasks of one event loop wait for news of a request.
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
+    The request knows it, and so it must not know the request: one for which no task waits is to be forgotten.
+    """
+
+    def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bell: _Bell | None = None
         self._futures: list[asyncio.Future[None]] = []
         self._told = False  # the bell has it, and will wake it
 
-    async def until(self, ready: Callable[[], bool]) -> None:
+    async def until(self, work: _Handle, ready: Callable[[], bool]) -> None:
         """Waits. A task that is cancelled meanwhile ends the request first, and waits for its slot to be free."""
         try:
-            await self._until(ready)
+            await self._until(work, ready)
         except asyncio.CancelledError:
-            self._work.cancel(_REASON)
-            await self.shielded(lambda: self._work.ended)
+            work.cancel(_REASON)
+            await self.shielded(work, lambda: work.ended)
             raise
 
-    async def shielded(self, ready: Callable[[], bool]) -> None:
+    async def shielded(self, work: _Handle, ready: Callable[[], bool]) -> None:
         """Waits, whatever happens. What it waits for is sure to come soon."""
         with _anyio_shield():
             while not ready():
                 with contextlib.suppress(asyncio.CancelledError):
-                    await self._until(ready)
+                    await self._until(work, ready)
 
-    async def _until(self, ready: Callable[[], bool]) -> None:
+    async def _until(self, work: _Handle, ready: Callable[[], bool]) -> None:
         if ready():
             return
+        work._check_process()
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop, self._bell = loop, _Bell.of(loop)
-            self._work.add_notify(self._ring, self._bell.ring)
+            work.add_notify(self._ring, self._bell.ring)
         elif self._loop is not loop:
-            raise RuntimeError(f"{self._work!r} is waited for in another event loop")
+            raise RuntimeError(f"{work!r} is waited for in another event loop")
         while not ready():
             future = loop.create_future()
             self._futures.append(future)
@@ -138,7 +143,7 @@ class Generation:
 
     def __init__(self, generation: _Generation) -> None:
         self._generation = generation
-        self._waiting = _Waiting(generation)
+        self._waiting = _Waiting()
 
     def __aiter__(self) -> AsyncIterator[Piece]:
         return self
@@ -146,7 +151,7 @@ class Generation:
     async def __anext__(self) -> Piece:
         """The next piece. Raises as `lc.Generation` does at its end."""
         generation = self._generation
-        await self._waiting.until(lambda: generation.readable or generation.ended)
+        await self._waiting.until(generation, lambda: generation.readable or generation.ended)
         piece = generation.poll()
         if piece is not None:
             return piece
@@ -155,12 +160,12 @@ class Generation:
 
     async def result(self) -> GenerationResult:
         """Wait for the end, and tell all of it. Raises as `lc.Generation.result` does."""
-        await self._waiting.until(lambda: self._generation.ended)
+        await self._waiting.until(self._generation, lambda: self._generation.ended)
         return self._generation.result()
 
     async def wait(self) -> None:
         """Wait until it is finished and its slot is free."""
-        await self._waiting.until(lambda: self._generation.ended)
+        await self._waiting.until(self._generation, lambda: self._generation.ended)
 
     def cancel(self, reason: str = "") -> bool:
         """Stop it. True for the first cancel of an unfinished generation."""
@@ -169,7 +174,7 @@ class Generation:
     async def aclose(self) -> None:
         """Cancel it if it is not finished, and wait until its slot is free."""
         self._generation.cancel("closed")
-        await self._waiting.shielded(lambda: self._generation.ended)
+        await self._waiting.shielded(self._generation, lambda: self._generation.ended)
 
     async def __aenter__(self) -> Generation:
         return self
@@ -358,7 +363,7 @@ class Engine:
         if isinstance(prompt, str) and len(prompt) >= _engine.LONG_TEXT:
             prompt = await self.tokenize(prompt, token=own)
         embedding = self._engine.embed(prompt, token=own, priority=priority, request_id=request_id)
-        await _Waiting(embedding).until(lambda: embedding.ended)
+        await _Waiting().until(embedding, lambda: embedding.ended)
         return embedding.result()
 
     def cancel(self, request_id: str, reason: str = "") -> bool:

@@ -1,21 +1,19 @@
-"""The engine's thread, and what it shares with those who submit and cancel."""
+"""The engine's thread."""
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 import time
-import weakref
-from collections import deque
 from collections.abc import Callable
 
 from ._cancel import CancelToken, Cause
+from .desk import Desk
 from .errors import ClosedError
 from .runner import Runner
-from .scheduler import Outcome, Plan, Request, Scheduler
+from .scheduler import Outcome, Plan, Request, Scheduler, place_of
 from .views import EngineSnapshot, RequestView, SlotView
-from .work import Registration, Work, ending_of
+from .work import Registration, Work, call, ending_of
 
 __all__ = ["Core"]
 
@@ -23,35 +21,28 @@ __all__ = ["Core"]
 class Core:
     """One thread that plans, runs and commits steps, until it is told to stop.
 
-    It knows nothing of the `Engine`, so that an engine that was forgotten can be collected. The scheduler is used under
-    `_lock`, which is never held while llama.cpp computes or somebody else's function is called.
+    It knows nothing of the `Engine`, so that an engine that was forgotten can be collected. No other thread touches the
+    scheduler: what others want lies in the desk's box, which is emptied at the head of each turn.
 
     Args:
         scheduler: Decides.
         runner: Computes.
-        history: Finished requests to remember.
+        desk: Where requests and cancels come in.
         stream_interval: Seconds within which readers are told once of what short steps have brought.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, history: int, stream_interval: float) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, desk: Desk, stream_interval: float) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self.desk = desk
         self.stream_interval = stream_interval
-        self.works = runner.works
-        self.token = CancelToken()
-        self.closing = False
-        self.failure: BaseException | None = None
         self.steps = 0
         self.schedule_seconds = self.run_seconds = self.commit_seconds = 0.0
         self.listeners: list[Registration] = []
-        self._recent: deque[RequestView] = deque(maxlen=history)
-        self._lock = threading.RLock()
-        self._wake = threading.Condition(self._lock)
-        self._news: deque[tuple[Work, RequestView | None]] = deque()
+        self._news: list[tuple[Work, RequestView | None]] = []
         self._unread: dict[Work, None] = {}  # have text of which their readers are not told yet
         self._told_at = -math.inf  # when readers were last told of text
-        self._telling = threading.Lock()
-        self._thread = threading.Thread(target=self._main, name="llamacancel-engine", daemon=True)
+        self._thread = desk.thread = threading.Thread(target=self._main, name="llamacancel-engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -63,7 +54,7 @@ class Core:
             while (plan := self._schedule()) is not None:
                 self._tell_all()
                 self._commit(self._run(plan))
-            self._tell_all()
+            self._end(ClosedError("the engine is closed"))
         except BaseException as error:
             self._fail(error)
         finally:
@@ -71,30 +62,46 @@ class Core:
 
     def _schedule(self) -> Plan | None:
         """The next step. Sleeps while there is none; None when the engine is to stop."""
-        with self._wake:
-            while True:
-                began = time.perf_counter()
-                if self.runner.stop.cancelled:
-                    self.runner.stop = CancelToken()
-                now = time.monotonic()
-                plan = self.scheduler.plan(now)
-                self._take_changes()
-                if self._unread and self._readers_are_due(plan, now):
-                    self._take_unread(now)
-                self.schedule_seconds += time.perf_counter() - began
-                if plan:
-                    break
-                if self.closing and self.scheduler.idle:
-                    return None
-                if self._news and not self._telling.locked():
-                    break
-                self._wake.wait()
-        return plan
+        desk, scheduler = self.desk, self.scheduler
+        while True:
+            began = time.perf_counter()
+            if desk.stop.cancelled:
+                desk.stop = CancelToken()
+            now = time.monotonic()
+            self._empty_box(now)
+            self._take_changes()
+            plan = scheduler.plan(now)
+            self._take_changes()
+            if self._unread and self._readers_are_due(plan, now):
+                self._take_unread(now)
+            self.schedule_seconds += time.perf_counter() - began
+            if plan or self._news:
+                return plan
+            if desk.closing and scheduler.idle and desk.box.empty():
+                return None
+            self._take_in(desk.box.get(), time.monotonic())
+
+    def _empty_box(self, now: float) -> None:
+        box = self.desk.box
+        while not box.empty():
+            self._take_in(box.get_nowait(), now)
+
+    def _take_in(self, work: Work | None, now: float) -> None:
+        """Look at a request that is new or was cancelled."""
+        if work is None:
+            return
+        if not work.taken:
+            work.taken = True
+            self.scheduler.submit(work.request, work.request.submitted_at)
+        if work.token.cancelled:
+            self.scheduler.cancel(work.request, ending_of(work.token), now)
 
     def _tell_all(self) -> None:
         """What a step has brought is told when the next one is planned: readers run while llama.cpp computes, and this
         thread need not wait for the interpreter lock until they are done.
         """
+        if not self._news:
+            return
         began = time.perf_counter()
         self._tell()
         self.commit_seconds += time.perf_counter() - began
@@ -103,99 +110,62 @@ class Core:
         if not plan:
             return None
         began = time.perf_counter()
-        outcome = self.runner.run(plan)
-        self.run_seconds += time.perf_counter() - began
-        return outcome
+        self.runner.stop = self.desk.stop
+        self.desk.flight = self.scheduler.in_flight
+        try:
+            return self.runner.run(plan)
+        except BaseException as error:
+            return self.runner.upset(plan, error)
+        finally:
+            self.desk.flight = None
+            self.run_seconds += time.perf_counter() - began
 
     def _commit(self, outcome: Outcome | None) -> None:
         if outcome is None:
             return
         began = time.perf_counter()
-        with self._lock:
-            self.scheduler.commit(outcome, time.monotonic())
-            self.steps += 1
-            self._take_changes()
-            for slot in outcome.sampled:
-                request = self.scheduler.active.get(slot)
-                if request is not None and (work := self.works[request.id]).has_readers:
-                    self._unread[work] = None
-                    if request.n_generated == 1:
-                        self._told_at = -math.inf  # nobody waits for the first text
+        self.scheduler.commit(outcome, time.monotonic())
+        self.steps += 1
+        self._take_changes()
+        for slot in outcome.sampled:
+            request = self.scheduler.active.get(slot)
+            if request is not None and request.owner.has_readers:
+                self._unread[request.owner] = None
+                if request.n_generated == 1:
+                    self._told_at = -math.inf  # nobody waits for the first text
         self.commit_seconds += time.perf_counter() - began
 
     def _fail(self, error: BaseException) -> None:
         """The engine cannot go on: everybody is told why."""
-        with self._lock:
-            self.failure = error
-            self.closing = True
-            ended = ClosedError(f"the engine failed: {type(error).__name__}: {error}")
-            ended.__cause__ = error
-            self.scheduler.abandon(ended, time.monotonic())
-            self._take_changes()
+        self.desk.failure = error
+        ended = ClosedError(f"the engine failed: {type(error).__name__}: {error}")
+        ended.__cause__ = error
+        self._end(ended)
+
+    def _end(self, error: ClosedError) -> None:
+        """Nobody looks into the box from now on: who comes later finds that out by himself."""
+        self.desk.closing = True
+        self.desk.over = error
+        now = time.monotonic()
+        for work in list(self.desk.works.values()):
+            if work.token.cancelled:
+                work.finish(ending_of(work.token), now)
+            else:
+                work.finish("error", now, error)
+            self._news.append((work, work.view()))
         self._tell()
 
     # -- any thread
 
-    def submit(self, make_work: Callable[[CancelToken], Work]) -> Work:
-        """Queue the work that `make_work` makes with the engine's token.
-
-        Raises:
-            ClosedError: If the engine is closed or failed.
-            QueueFullError: If the queue is full.
-            ValueError: If an unfinished request has that id.
-        """
-        with self._lock:
-            self.check_open()
-        work = make_work(self.token)
-        request = work._request
-        with self._wake:
-            self.check_open()
-            if request.id in self.works:
-                raise ValueError(f"there is an unfinished request {request.id!r}")
-            self.works[request.id] = work
-            try:
-                self.scheduler.submit(request, time.monotonic())
-            except BaseException:
-                del self.works[request.id]
-                raise
-            self._take_changes()
-            self._wake.notify()
-        this = weakref.ref(self)
-
-        def cancelled() -> None:
-            core = this()
-            if core is not None:
-                core.cancelled(work)
-
-        # Outside of the lock: a token that is cancelled by now calls at once.
-        handle = work._token.add_callback(cancelled)
-        work._callback = handle
-        if work.ended:
-            handle.remove()
-        self._tell()
-        return work
-
-    def cancelled(self, work: Work) -> None:
-        """The token of `work` was cancelled."""
-        with self._wake:
-            now = time.monotonic()
-            self.scheduler.cancel(work.id, ending_of(work._token), now)
-            if self.scheduler.stops_inside(now):
-                self.runner.stop.cancel("others in the step were cancelled")
-            self._take_changes()
-            self._wake.notify()
-        self._tell()
-
     def close(self) -> None:
         """Refuse new work, and stop once all that was accepted is finished."""
-        with self._wake:
-            self.closing = True
-            self._wake.notify()
+        self.desk.closing = True
+        self.desk.box.put(None)
 
     def stop(self) -> None:
         """Refuse new work, and end what was accepted with "shutdown"."""
         self.close()
-        self.token.cancel("the engine closes", cause=Cause.SHUTDOWN)
+        self.desk.token.cancel("the engine closes", cause=Cause.SHUTDOWN)
 
     def join(self, timeout: float | None) -> bool:
         """Wait for the thread's end; True if it has come."""
@@ -203,76 +173,72 @@ class Core:
         return not self._thread.is_alive()
 
     @property
-    def is_this_thread(self) -> bool:
-        """Whether it is the engine's thread that asks."""
-        return self._thread is threading.current_thread()
-
-    @property
     def stopped(self) -> bool:
         return not self._thread.is_alive()
 
     def snapshot(self) -> EngineSnapshot:
-        with self._lock:
-            scheduler = self.scheduler
-            slots = tuple(
-                SlotView(seq.id, "idle", None, seq.held)
-                if seq.request is None
-                else SlotView(
-                    seq.id, "decode" if seq.request.state == "decode" else "prefill", seq.request.id, seq.held
+        """What is copied of the engine's own is copied by CPython as a whole; all the rest is up to this thread."""
+        scheduler = self.scheduler
+        works = list(self.desk.works.values())
+        recent = tuple(self.desk.recent)
+        views = [view for work in sorted(works, key=self._place_of) if (view := work.view()).state != "finished"]
+        slots = []
+        for seq in scheduler.sequences[: scheduler.limits.slots]:
+            request = seq.request
+            if request is None:
+                slots.append(SlotView(seq.id, "idle", None, seq.held))
+            else:
+                slots.append(
+                    SlotView(seq.id, "decode" if request.state == "decode" else "prefill", request.id, seq.held)
                 )
-                for seq in scheduler.sequences[: scheduler.limits.slots]
-            )
-            return EngineSnapshot(
-                slots=slots,
-                queue=tuple(self.works[request.id].view() for request in scheduler.waiting()),
-                active=tuple(
-                    self.works[request.id].view() for request in (*scheduler.active.values(), *scheduler.embedding)
-                ),
-                recent=tuple(self._recent),
-                steps=self.steps,
-                queue_limit=scheduler.limits.queue_limit,
-                closing=self.closing,
-                cells_used=None if scheduler.cells.total is None else scheduler.cells.used,
-                cells=scheduler.cells.total,
-                schedule_seconds=self.schedule_seconds,
-                run_seconds=self.run_seconds,
-                commit_seconds=self.commit_seconds,
-                decode_seconds=self.runner.decode_seconds,
-            )
+        return EngineSnapshot(
+            slots=tuple(slots),
+            queue=tuple(view for view in views if view.state == "queued"),
+            active=tuple(view for view in views if view.state != "queued"),
+            recent=recent,
+            steps=self.steps,
+            queue_limit=scheduler.limits.queue_limit,
+            closing=self.desk.closing,
+            cells_used=None if scheduler.cells.total is None else scheduler.cells.used,
+            cells=scheduler.cells.total,
+            schedule_seconds=self.schedule_seconds,
+            run_seconds=self.run_seconds,
+            commit_seconds=self.commit_seconds,
+            decode_seconds=self.runner.decode_seconds,
+        )
 
-    def check_open(self) -> None:
-        if self.failure is not None:
-            raise ClosedError(f"the engine failed: {type(self.failure).__name__}: {self.failure}") from self.failure
-        if self.closing:
-            raise ClosedError("the engine is closed")
+    def _place_of(self, work: Work) -> tuple[float, int]:
+        request = work.request
+        return place_of(self.scheduler.limits, request.priority, request.submitted_at), request.number
 
     # -- telling
 
     def _take_changes(self) -> None:
-        """Under the lock: what became of requests since it was last asked."""
+        """What became of requests since it was last asked."""
         changes = self.scheduler.changes
         if not changes:
             return
         now = time.monotonic()
-        while changes:  # taken out when it is dealt with: a Ctrl-C on the main thread may come anywhere
-            self._take_change(changes[0], now)
-            del changes[0]
+        for request in changes:
+            self._take_change(request, now)
+        changes.clear()
 
     def _take_change(self, request: Request, now: float) -> None:
-        work = self.works.get(request.id)
-        if work is None or work._request is not request:
-            return
+        work: Work = request.owner
         if request.state == "finished":
-            work._end(now)
-            view = work.view()
-            self._recent.append(view)
+            if work.settled:  # it was done within one step
+                return
+            work.settled = True
+            assert request.finish_reason is not None
+            work.finish(request.finish_reason, now, request.error)
+            self.desk.names.give_back(work)
             self._unread.pop(work, None)
-            del self.works[request.id]
-        elif not self.listeners:
+            self._news.append((work, work.view() if self.listeners else None))
             return
-        else:
-            view = work.view()
-        self._news.append((work, view))
+        if request.slot is not None or request.kind == "embedding":
+            work.start()
+        if self.listeners:
+            self._news.append((work, work.view()))
 
     def _readers_are_due(self, plan: Plan, now: float) -> bool:
         """Whether readers are told of new text before this step: its end may come later than they are to wait.
@@ -288,34 +254,14 @@ class Core:
         self._told_at = now
 
     def _tell(self) -> None:
-        """Calls listeners and readers, in order and one at a time, without the lock.
-
-        If another thread is at it, that one tells our news, too.
-        """
-        while self._news and self._telling.acquire(blocking=False):
-            try:
-                afterwards: dict[Callable[[], object], None] = {}
-                while self._news:
-                    work, view = self._news.popleft()
-                    if view is not None:
-                        for listener in tuple(self.listeners):
-                            _call(listener.fn, view)
-                    if view is None or view.state == "finished":
-                        work._wake()
-                        for entry in tuple(work._notify):
-                            _call(entry.fn)
-                            if entry.after is not None:
-                                afterwards[entry.after] = None
-                for after in afterwards:
-                    _call(after)
-            finally:
-                self._telling.release()
-
-
-_called_at_once = CancelToken()
-_called_at_once.cancel()
-
-
-def _call(fn: Callable[..., object], *args: object) -> None:
-    """Calls somebody else's function; what it raises goes to `sys.unraisablehook`, as with any callback of a token."""
-    _called_at_once.add_callback(functools.partial(fn, *args))
+        """Calls listeners and readers, in order."""
+        news, self._news = self._news, []
+        afterwards: dict[Callable[[], object], None] = {}
+        for work, view in news:
+            if view is not None:
+                for listener in tuple(self.listeners):
+                    call(listener.fn, view)
+            if view is None or view.state == "finished":
+                afterwards.update(work.tell())
+        for after in afterwards:
+            call(after)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,17 +19,21 @@ from ._model import Model
 from ._params import integer, number
 from ._sampler import Sampler
 from .core import Core
-from .errors import ClosedError, InvalidBatchError
-from .generation import Embedding, Generation, Vocabulary
+from .desk import Desk
+from .errors import InvalidBatchError
+from .generation import Embedding, EmbeddingWork, Generation, GenerationWork, Vocabulary
+from .handle import Handle
 from .runner import Runner, rules_of
 from .scheduler import Limits, Request, Scheduler
 from .views import EngineSnapshot, RequestView
-from .work import Registration, Work
+from .work import Registration
 
 if TYPE_CHECKING:
     from ._context import Pooling
 
 __all__ = ["Engine"]
+
+H = TypeVar("H", bound=Handle[Any])
 
 _INT32 = 2**31 - 1
 _CTX_EACH = 4096  # cells for a slot if nobody says how many
@@ -102,7 +105,6 @@ class Engine:
     ) -> None:
         if not isinstance(model, Model):
             raise TypeError(f"model must be a Model, not {type(model).__name__}")
-        self._pid = os.getpid()
         self._model = model
         self._slots = integer("slots", slots, 1, 256)
         self._queue_limit = integer("queue_limit", queue_limit, 0, _INT32)
@@ -163,7 +165,9 @@ class Engine:
             prefix_cache=prefix_cache,
         )
         self._n_ctx = limits.n_ctx
-        self._core = Core(Scheduler(limits, replace(rules, cells=runner.cells)), runner, history, stream_interval)
+        self._desk = Desk(self._slots + self._queue_limit, self._queue_limit, history)
+        scheduler = Scheduler(limits, replace(rules, cells=runner.cells))
+        self._core = Core(scheduler, runner, self._desk, stream_interval)
         self._vocabulary = Vocabulary(model)
         self._core.start()
 
@@ -220,16 +224,16 @@ class Engine:
         request = Request(
             _id_of(request_id), tokens, max_tokens=max_tokens, priority=integer("priority", priority, -_INT32, _INT32)
         )
-        make = functools.partial(
-            Generation,
+        work = GenerationWork(
             request,
+            CancelToken.any_of(own, self._desk.token),
             vocabulary=self._vocabulary,
             sampler=sampler.clone() if sampler is not None else Sampler(),
             stop=_stops_of(stop),
             stop_tokens=frozenset(integer("a stop token", each, 0, _INT32) for each in stop_tokens),
             logprobs=logprobs,
         )
-        return cast(Generation, self._accept(make, own))
+        return self._accept(Generation(work))
 
     def embed(
         self,
@@ -253,24 +257,25 @@ class Engine:
         request = Request(
             _id_of(request_id), tokens, kind="embedding", priority=integer("priority", priority, -_INT32, _INT32)
         )
-        return cast(Embedding, self._accept(functools.partial(Embedding, request), own))
+        work = EmbeddingWork(request, CancelToken.any_of(own, self._desk.token))
+        return self._accept(Embedding(work))
 
     def cancel(self, request_id: str, reason: str = "") -> bool:
         """Cancel an unfinished request by its id. False if there is none."""
-        self._check_process()
-        work = self._core.works.get(request_id)
+        self._desk.check_process()
+        work = self._desk.names.find(request_id)
         return work is not None and work.cancel(reason)
 
     def snapshot(self) -> EngineSnapshot:
         """Slots, queue and requests at this moment. From any thread, also after `close()`."""
-        self._check_process()
+        self._desk.check_process()
         return self._core.snapshot()
 
     def add_listener(self, fn: Callable[[RequestView], object]) -> Registration:
         """Have `fn` called with a view of each request whose state has changed.
 
-        It is called by the engine's thread, or by one that submits or cancels; never two at a time, and in the order
-        of the changes. It must not block. What it raises goes to `sys.unraisablehook`.
+        It is called by the engine's thread, in the order of the changes. It must not block. What it raises goes to
+        `sys.unraisablehook`, but for a `KeyboardInterrupt`, which the main thread gets, as with Ctrl-C.
 
         Returns:
             What to `remove()`.
@@ -284,20 +289,20 @@ class Engine:
             drain: Finish what was accepted first. False: end it with "shutdown".
             timeout: Seconds after which the rest ends with "shutdown", too; None for no limit.
         """
-        if self._pid != os.getpid():
+        if self._desk.is_foreign:
             return
         core = self._core
         if drain:
             core.close()
-            if core.is_this_thread or core.join(timeout):
+            if self._desk.is_this_thread or core.join(timeout):
                 return
         core.stop()
-        if not core.is_this_thread:
+        if not self._desk.is_this_thread:
             core.join(None)
 
     def stop(self) -> None:
         """Refuse new work, and end what was accepted with "shutdown". Waits for nothing; `close()` does."""
-        if self._pid == os.getpid():
+        if not self._desk.is_foreign:
             self._core.stop()
 
     def __enter__(self) -> Engine:
@@ -311,7 +316,7 @@ class Engine:
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)
-        if core is None or self._pid != os.getpid() or sys.is_finalizing() or core.stopped:
+        if core is None or self._desk.is_foreign or sys.is_finalizing() or core.stopped:
             return
         warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
         core.stop()
@@ -329,7 +334,7 @@ class Engine:
     @property
     def closed(self) -> bool:
         """True once it takes no new work."""
-        return self._core.closing
+        return self._desk.closing
 
     @property
     def slots(self) -> int:
@@ -348,8 +353,13 @@ class Engine:
 
     # -- inside
 
-    def _accept(self, make: Callable[[CancelToken], Work], token: CancelToken) -> Work:
-        return self._core.submit(lambda engine: make(CancelToken.any_of(token, engine)))
+    def _accept(self, handle: H) -> H:
+        try:
+            self._desk.submit(handle._work)
+            return handle
+        except BaseException:  # an interrupt may have come when it was accepted already
+            handle._work.cancel("submit() was interrupted")
+            raise
 
     def _tokens_of(self, prompt: str | ArrayLike, token: CancelToken) -> list[int]:
         if isinstance(prompt, str):
@@ -366,14 +376,8 @@ class Engine:
         return cast("list[int]", tokens.tolist())
 
     def _check_open(self) -> None:
-        self._check_process()
-        self._core.check_open()
-
-    def _check_process(self) -> None:
-        if self._pid != os.getpid():
-            raise ClosedError(
-                f"the engine belongs to process {self._pid}, from which this one was forked: make a new one"
-            )
+        self._desk.check_process()
+        self._desk.check_open()
 
 
 def _token_of(above: CancelToken | None, timeout: float | None) -> CancelToken:

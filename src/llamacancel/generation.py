@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,12 +13,22 @@ from ._cancel import CancelToken
 from ._context import Context
 from ._model import Model
 from ._sampler import Sampler
+from .handle import Handle
 from .scheduler import FinishReason, Request
 from .text import TextAssembler
 from .usage import Usage
 from .work import Work
 
-__all__ = ["Embedding", "Generation", "GenerationResult", "Piece", "TokenInfo", "Vocabulary"]
+__all__ = [
+    "Embedding",
+    "EmbeddingWork",
+    "Generation",
+    "GenerationResult",
+    "GenerationWork",
+    "Piece",
+    "TokenInfo",
+    "Vocabulary",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +101,8 @@ class Vocabulary:
         return known
 
 
-class Generation(Work):
-    """Text that is being generated. Made by `Engine.submit`.
-
-    Iterate over it for the pieces of text as they become final, or ask for its `result()`. It goes on by itself,
-    whether somebody reads or not, until it is finished or cancelled.
-    """
-
-    _what = "generation"
+class GenerationWork(Work):
+    """The engine's half of a generation: chooses what to say, and makes text of it."""
 
     def __init__(
         self,
@@ -111,42 +116,91 @@ class Generation(Work):
         logprobs: int | None = None,
     ) -> None:
         super().__init__(request, token)
-        self._vocabulary = vocabulary
-        self._sampler = sampler
+        self.vocabulary: Vocabulary | None = vocabulary
+        self.sampler: Sampler | None = sampler
+        self.assembler: TextAssembler[TokenInfo] = TextAssembler(stop)
+        self.pieces: list[Piece] = []
+        self.unread: deque[Piece] = deque()
         self._stop_tokens = stop_tokens
         self._logprobs = logprobs
-        self._assembler: TextAssembler[TokenInfo] = TextAssembler(stop)
-        self._pieces: list[Piece] = []
-        self._read = 0
+
+    @property
+    def readable(self) -> bool:
+        return bool(self.unread)
+
+    def take(self, token: int, context: Context, row: int) -> bool:
+        """Adds the token that was chosen from an output row; tells whether it ends the text."""
+        assert self.vocabulary is not None
+        text, name, is_end = self.vocabulary[token]
+        if is_end or token in self._stop_tokens:
+            return True
+        logprob, top = self._look_at(context.logits(row), token) if self._logprobs is not None else (None, ())
+        self._give(*self.assembler.feed(text, TokenInfo(token, name, logprob, top)))
+        return self.assembler.stopped is not None
+
+    def finish(self, reason: FinishReason, now: float, error: Exception | None = None) -> None:
+        if reason in ("stop", "length") and not self.ended:
+            self._give(*self.assembler.finish())
+        super().finish(reason, now, error)
+
+    def let_go(self) -> None:
+        """Its sampler and its vocabulary hold the model."""
+        super().let_go()
+        self.sampler = self.vocabulary = None
+
+    def _look_at(self, logits: NDArray[np.float32], token: int) -> tuple[float, tuple[tuple[int, bytes, float], ...]]:
+        assert self.vocabulary is not None
+        values = logits.astype(np.float64)
+        values -= values.max()
+        values -= np.log(np.exp(values).sum())
+        n = min(self._logprobs or 0, len(values))
+        best = np.argpartition(values, -n)[-n:] if n else np.empty(0, np.intp)
+        ordered = best[np.argsort(-values[best], kind="stable")]
+        top = tuple((int(i), self.vocabulary[int(i)][1], float(values[i])) for i in ordered)
+        return float(values[token]), top
+
+    def _give(self, text: str, tokens: list[TokenInfo]) -> None:
+        if text or tokens:
+            piece = Piece(text, tokens)
+            self.pieces.append(piece)
+            self.unread.append(piece)
+
+
+class Generation(Handle[GenerationWork]):
+    """Text that is being generated. Made by `Engine.submit`.
+
+    Iterate over it for the pieces of text as they become final, or ask for its `result()`. It goes on by itself,
+    whether somebody reads or not, until it is finished or cancelled, or nobody holds it any more.
+    """
+
+    _what = "generation"
 
     @property
     def text(self) -> str:
         """The text so far."""
-        return "".join(self._pieces)
+        return "".join(tuple(self._work.pieces))
 
     @property
     def tokens(self) -> tuple[TokenInfo, ...]:
         """The tokens of the text so far."""
-        return tuple(token for piece in self._pieces for token in piece.tokens)
+        return tuple(token for piece in tuple(self._work.pieces) for token in piece.tokens)
 
     @property
     def stop_sequence(self) -> str | None:
         """The stop string that ended it, if one did."""
-        return self._assembler.stopped
+        return self._work.assembler.stopped
 
     @property
     def finished(self) -> bool:
         """True once it has ended and all pieces were read."""
-        return self.ended and self._read >= len(self._pieces)
+        return self._work.ended and not self._work.unread
 
     def poll(self) -> Piece | None:
         """The next piece if there is one now; None if not, see `finished`."""
-        with self._changed:
-            at = self._read
-            if at >= len(self._pieces):
-                return None
-            self._read = at + 1
-            return self._pieces[at]
+        try:
+            return self._work.unread.popleft()
+        except IndexError:
+            return None
 
     def __iter__(self) -> Iterator[Piece]:
         return self
@@ -158,12 +212,14 @@ class Generation(Work):
             DecodeCancelled: At the end, if it was cancelled; `DeadlineExceeded` if a deadline was the cause.
             LlamaCancelError: At the end, if it failed.
         """
-        self._await_or_stop(lambda: self.readable or self.ended)
-        piece = self.poll()
-        if piece is not None:
-            return piece
-        self.raise_if_failed()
-        raise StopIteration
+        while True:
+            self._await_or_stop(lambda: self._work.readable or self._work.ended)
+            piece = self.poll()
+            if piece is not None:
+                return piece
+            if self.finished:  # and not that another reader was faster
+                self.raise_if_failed()
+                raise StopIteration
 
     def result(self, timeout: float | None = None) -> GenerationResult:
         """Wait for the end, and tell all of it.
@@ -173,56 +229,24 @@ class Generation(Work):
             DecodeCancelled: If it was cancelled.
             LlamaCancelError: If it failed.
         """
-        if not self._await_or_stop(lambda: self.ended, timeout):
+        if not self._await_or_stop(lambda: self._work.ended, timeout):
             raise TimeoutError(f"generation {self.id} was not finished within {timeout} s; it goes on")
         self.raise_if_failed()
-        assert self._request.finish_reason is not None
-        return GenerationResult(self.text, self.tokens, self._request.finish_reason, self.stop_sequence, self.usage)
-
-    @property
-    def readable(self) -> bool:
-        """Whether there is a piece that was not read."""
-        return self._read < len(self._pieces)
-
-    # -- for the engine's thread
-
-    def _take(self, token: int, context: Context, row: int) -> bool:
-        """Adds the token that was chosen from an output row; tells whether it ends the text."""
-        text, name, is_end = self._vocabulary[token]
-        if is_end or token in self._stop_tokens:
-            return True
-        logprob, top = self._look_at(context.logits(row), token) if self._logprobs is not None else (None, ())
-        self._give(*self._assembler.feed(text, TokenInfo(token, name, logprob, top)))
-        return self._assembler.stopped is not None
-
-    def _look_at(self, logits: NDArray[np.float32], token: int) -> tuple[float, tuple[tuple[int, bytes, float], ...]]:
-        values = logits.astype(np.float64)
-        values -= values.max()
-        values -= np.log(np.exp(values).sum())
-        n = min(self._logprobs or 0, len(values))
-        best = np.argpartition(values, -n)[-n:] if n else np.empty(0, np.intp)
-        ordered = best[np.argsort(-values[best], kind="stable")]
-        top = tuple((int(i), self._vocabulary[int(i)][1], float(values[i])) for i in ordered)
-        return float(values[token]), top
-
-    def _give(self, text: str, tokens: list[TokenInfo]) -> None:
-        if text or tokens:
-            self._pieces.append(Piece(text, tokens))
-
-    def _end(self, now: float) -> None:
-        if self._request.finish_reason in ("stop", "length"):
-            self._give(*self._assembler.finish())
-        super()._end(now)
+        reason = self.finish_reason
+        assert reason is not None
+        return GenerationResult(self.text, self.tokens, reason, self.stop_sequence, self.usage)
 
 
-class Embedding(Work):
+class EmbeddingWork(Work):
+    """The engine's half of an embedding."""
+
+    vector: NDArray[np.float32] | None = None
+
+
+class Embedding(Handle[EmbeddingWork]):
     """The embedding of a text. Made by `Engine.embed`."""
 
     _what = "embedding"
-
-    def __init__(self, request: Request, token: CancelToken) -> None:
-        super().__init__(request, token)
-        self._vector: NDArray[np.float32] | None = None
 
     def result(self, timeout: float | None = None) -> NDArray[np.float32]:
         """Wait for it: float32 of shape (n_embd,).
@@ -232,8 +256,9 @@ class Embedding(Work):
             DecodeCancelled: If it was cancelled.
             LlamaCancelError: If it failed.
         """
-        if not self._await_or_stop(lambda: self.ended, timeout):
+        if not self._await_or_stop(lambda: self._work.ended, timeout):
             raise TimeoutError(f"embedding {self.id} was not finished within {timeout} s; it goes on")
         self.raise_if_failed()
-        assert self._vector is not None
-        return self._vector
+        vector = self._work.vector
+        assert vector is not None
+        return vector

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from ._cancel import CancelToken
 from ._context import Context
 from ._model import Model
 from ._result import DecodeResult
-from ._sampler import choose_tokens
+from ._sampler import Sampler, choose_tokens
 from .batch import Batch
 from .errors import (
     ContextBusyError,
@@ -18,19 +18,22 @@ from .errors import (
     DecodeFailedError,
     DirtySequenceError,
     InvalidBatchError,
+    LlamaCancelError,
     MemoryFullError,
     SequenceOutcome,
 )
-from .generation import Embedding, Generation
-from .scheduler import Clear, Copy, Cut, Fault, MemoryRules, Outcome, Plan, Rows, Sampled
+from .generation import EmbeddingWork, GenerationWork
+from .scheduler import Clear, Copy, Cut, Fault, MemoryRules, Outcome, Plan, Request, Rows, Sampled
 from .scheduler.plan import Action
-from .work import Work, ending_of
+from .work import ending_of
 
 __all__ = ["Runner", "rules_of"]
 
 _LEAST_COPY = 32  # tokens from which on it pays to copy a cache that another sequence has to itself, all of it
 _UNUSABLE = "the context is unusable"  # how the core says that an assertion has failed in it before
 _LOST = "the connection to the RPC server"  # how it says that the model is lost, and every context with it
+_AS_BEFORE = (DecodeFailedError, MemoryFullError, InvalidBatchError, DirtySequenceError, ContextBusyError, MemoryError)
+"""What a decode raises that leaves the context as it was, but for what it says."""
 
 
 def rules_of(model: Model, *, slots: int, checkpoints: int | None, unified: bool, swa_full: bool) -> MemoryRules:
@@ -85,7 +88,6 @@ class Runner:
         make_embedder: Makes the context for embeddings.
 
     Attributes:
-        works: The unfinished requests by id.
         stop: Cancelled to stop the step that is being run, for all of its requests. Each step listens to the one that
             is here when it begins.
         n_ctx, n_batch, n_ubatch: Of the context for generations.
@@ -97,7 +99,6 @@ class Runner:
     def __init__(self, make_context: Callable[[], Context] | None, make_embedder: Callable[[], Context]) -> None:
         self._make_context = make_context
         self._make_embedder = make_embedder
-        self.works: dict[str, Work] = {}
         self.stop = CancelToken()
         self.n_ctx = self.n_batch = self.n_ubatch = 1
         self.unified = True
@@ -136,6 +137,25 @@ class Runner:
             self._embed(plan, outcome)
         return outcome
 
+    def upset(self, plan: Plan, error: BaseException) -> Outcome:
+        """What comes of a plan when `run` has raised something that nobody has foreseen.
+
+        It is the fault of one of the requests. What the memory holds is not known, so it is emptied.
+
+        Raises:
+            BaseException: `error`, if the model is lost; or why no context can be made any more.
+        """
+        if str(error).startswith(_LOST):
+            raise error
+        try:
+            self._memory.clear()
+        except BaseException:
+            self._renew()
+        return Outcome(fault=Fault.UPSET, error=_for_a_reader(error), cancelled=self._cancelled(plan))
+
+    def _cancelled(self, plan: Plan) -> dict[Request, Any]:
+        return {each: ending_of(each.owner.token) for each in plan.requests if each.owner.token.cancelled}
+
     # -- generations
 
     def _act(self, action: Action, outcome: Outcome) -> None:
@@ -147,7 +167,7 @@ class Runner:
                 done = self._memory.remove(action.seq, action.length)
             else:
                 done = self._copy(action)
-        except (ValueError, DirtySequenceError, DecodeFailedError):
+        except (ValueError, DirtySequenceError, DecodeFailedError, MemoryError):
             done = False
         if not done:
             self._lose(action.dst if isinstance(action, Copy) else action.seq, outcome)
@@ -171,7 +191,7 @@ class Runner:
         if not planned:
             return
         last_rows = self._fill(planned)
-        tokens = {rows.slot: self.works[rows.request.id].token_until(self.stop) for rows in planned}
+        tokens = {rows.slot: rows.request.owner.token_until(self.stop) for rows in planned}
         began = time.perf_counter()
         try:
             when = "finish" if plan.whole else "stop"
@@ -179,8 +199,9 @@ class Runner:
         except DecodeCancelled as error:
             told, outcome.rows_done = error.sequences, error.rows_done
             outcome.aborted = self.stop.cancelled
-        except (DecodeFailedError, MemoryFullError, InvalidBatchError, DirtySequenceError, ContextBusyError) as error:
+        except _AS_BEFORE as error:
             self._failed(error, outcome)
+            outcome.cancelled = self._cancelled(plan)
             return
         else:
             told, outcome.rows_done = result.sequences, result.rows_done
@@ -237,14 +258,13 @@ class Runner:
     def _collect(
         self, planned: list[Rows], last_rows: list[int], told: dict[int, SequenceOutcome], outcome: Outcome
     ) -> None:
-        due: list[tuple[Rows, int, Generation]] = []
+        due: list[tuple[Rows, int, GenerationWork]] = []
         for rows, row in zip(planned, last_rows, strict=True):
             sequence = told[rows.slot]
-            request = rows.request
-            work = cast(Generation, self.works[request.id])
-            cancelled = sequence.cancelled and work._token.cancelled  # itself, and not only with the step
+            work: GenerationWork = rows.request.owner
+            cancelled = sequence.cancelled and work.token.cancelled  # itself, and not only with the step
             if cancelled:
-                outcome.cancelled[request.id] = ending_of(work._token)
+                outcome.cancelled[rows.request] = ending_of(work.token)
             if sequence.state == "dirty":
                 self._lose(rows.slot, outcome)
                 continue
@@ -254,54 +274,80 @@ class Runner:
         if due:
             self._sample(due, outcome)
 
-    def _sample(self, due: list[tuple[Rows, int, Generation]], outcome: Outcome) -> None:
-        chosen = choose_tokens(self.context, [(work._sampler, row, work._token) for _, row, work in due])
-        for (rows, row, work), token in zip(due, chosen, strict=True):
+    def _sample(self, due: list[tuple[Rows, int, GenerationWork]], outcome: Outcome) -> None:
+        for (rows, row, work), token in zip(due, self._choose(due), strict=True):
             try:
                 if isinstance(token, Exception):
                     raise token
-                outcome.sampled[rows.slot] = Sampled(token, work._take(token, self.context, row))
+                outcome.sampled[rows.slot] = Sampled(token, work.take(token, self.context, row))
             except DecodeCancelled:
-                outcome.cancelled[rows.request.id] = ending_of(work._token)
-            except Exception as error:
-                outcome.failed[rows.request.id] = error
+                outcome.cancelled[rows.request] = ending_of(work.token)
+            except BaseException as error:
+                outcome.failed[rows.request] = _for_a_reader(error)
+
+    def _choose(self, due: list[tuple[Rows, int, GenerationWork]]) -> Sequence[int | Exception]:
+        """The next token of each, or why there is none."""
+        rows = [(cast(Sampler, work.sampler), row, work.token) for _, row, work in due]
+        try:
+            return choose_tokens(self.context, rows)
+        except BaseException as error:
+            if len(due) == 1:
+                return [_for_a_reader(error)]
+        return [token for each in due for token in self._choose([each])]
 
     # -- embeddings
 
     def _embed(self, plan: Plan, outcome: Outcome) -> None:
+        began = time.perf_counter()
+        try:
+            self._embed_all(plan.embed, outcome)
+        except BaseException as error:
+            if str(error).startswith(_LOST):
+                raise
+            outcome.error, outcome.fault = _for_a_reader(error), Fault.FAILED
+            outcome.cancelled = self._cancelled(plan)
+            embedder, self._embedder = self._embedder, None
+            if embedder is not None:
+                embedder.close()
+        finally:
+            outcome.seconds = time.perf_counter() - began
+            self.decode_seconds += outcome.seconds
+
+    def _embed_all(self, requests: list[Request], outcome: Outcome) -> None:
         if self._embedder is None:
             self._embedder = self._make_embedder()
             self._embed_batch = Batch(self._embedder.n_batch)
         context, batch = self._embedder, self._embed_batch
         assert batch is not None
         batch.clear()
-        for seq, request in enumerate(plan.embed):
+        for seq, request in enumerate(requests):
             batch.add_sequence(request.tokens, seq_id=seq, logits="all")
-        tokens = {seq: self.works[request.id].token_until(self.stop) for seq, request in enumerate(plan.embed)}
-        began = time.perf_counter()
+        tokens = {seq: request.owner.token_until(self.stop) for seq, request in enumerate(requests)}
         told: dict[int, Any]
         try:
             told = self._compute(context, batch, tokens).sequences
         except DecodeCancelled as error:
             told = error.sequences
             outcome.aborted = self.stop.cancelled
-        except (DecodeFailedError, MemoryFullError, InvalidBatchError, DirtySequenceError, ContextBusyError) as error:
-            if str(error).startswith(_LOST):
-                raise
-            outcome.error, outcome.fault = error, Fault.FAILED
-            context.close()
-            self._embedder = None
-            return
-        finally:
-            outcome.seconds = time.perf_counter() - began
-            self.decode_seconds += outcome.seconds
-        for seq, request in enumerate(plan.embed):
-            work = cast(Embedding, self.works[request.id])
+        for seq, request in enumerate(requests):
+            work: EmbeddingWork = request.owner
             if told[seq].cancelled:
-                if work._token.cancelled:
-                    outcome.cancelled[request.id] = ending_of(work._token)
+                if work.token.cancelled:
+                    outcome.cancelled[request] = ending_of(work.token)
             elif told[seq].state == "completed":
-                work._vector = context.pooled_embeddings(seq)
-                outcome.embedded.append(request.id)
+                try:
+                    work.vector = context.pooled_embeddings(seq)
+                    outcome.embedded.append(request)
+                except BaseException as error:
+                    outcome.failed[request] = _for_a_reader(error)
         if context.memory.kind != "none":
             context.memory.clear()
+
+
+def _for_a_reader(error: BaseException) -> Exception:
+    """What a reader is told. A `KeyboardInterrupt` or `SystemExit` that was raised here is none of his thread's."""
+    if isinstance(error, Exception):
+        return error
+    told = LlamaCancelError(f"the request failed: {type(error).__name__}: {error}")
+    told.__cause__ = error
+    return told

@@ -1,23 +1,24 @@
-"""What a request and its result have in common, whatever it computes: its state, its end, and those who wait for it."""
+"""What an engine keeps of a request that it has accepted: its token, its end, and who is told."""
 
 from __future__ import annotations
 
-import threading
+import _thread
+import functools
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._cancel import CallbackHandle, CancelToken, Cause
-from .errors import LlamaCancelError
-from .outcome import cancelled_error
-from .scheduler import FinishReason, Request, RequestState
-from .usage import Usage
+from .scheduler import FinishReason, Request
 from .views import RequestView
 
-__all__ = ["Registration", "Work", "ending_of"]
+if TYPE_CHECKING:
+    from threading import Lock
 
-W = TypeVar("W", bound="Work")
+    from .desk import Desk
+
+__all__ = ["End", "Registration", "Work", "call", "ending_of"]
 
 ENDINGS: dict[Cause | None, Any] = {Cause.DEADLINE: "deadline", Cause.SHUTDOWN: "shutdown"}
 
@@ -25,6 +26,25 @@ ENDINGS: dict[Cause | None, Any] = {Cause.DEADLINE: "deadline", Cause.SHUTDOWN: 
 def ending_of(token: CancelToken) -> Any:
     """The finish reason of work whose token was cancelled: "cancelled", "deadline" or "shutdown"."""
     return ENDINGS.get(token.cause, "cancelled")
+
+
+_called_at_once = CancelToken()
+_called_at_once.cancel()
+
+
+def call(fn: Callable[..., object], *args: object) -> None:
+    """Calls somebody else's function; what it raises goes to `sys.unraisablehook`, as with any callback of a token.
+
+    A `KeyboardInterrupt` goes to the main thread, as Ctrl-C does.
+    """
+    _called_at_once.add_callback(functools.partial(_call, fn, args))
+
+
+def _call(fn: Callable[..., object], args: tuple[object, ...]) -> None:
+    try:
+        fn(*args)
+    except KeyboardInterrupt:
+        _thread.interrupt_main()
 
 
 class Registration:
@@ -49,90 +69,157 @@ class Registration:
         return True
 
 
-class Work:
-    """A request that an engine has accepted. Made by `Engine.submit` and `Engine.embed`.
+class End(NamedTuple):
+    """How a request ended."""
 
-    Safe to use from any thread. In a `with` statement it is cancelled at the end, if it is not finished by then.
+    reason: FinishReason
+    at: float
+    error: Exception | None = None
+    cause: Cause | None = None
+    text: str = ""  # what was given to `cancel()`
+    latency: float | None = None
+
+
+class Work:
+    """The engine's half of a request. The other half, `Handle`, is what its user holds; when that is gone, so is the
+    interest in this one.
+
+    Whoever cancels it may be in any thread, in a signal handler, or in a garbage collection in the middle of anything.
+    So nothing here takes a lock: what is to happen once is entered into a dictionary by `setdefault`, which CPython
+    does as a whole, and all else may be done twice.
 
     Attributes:
-        ended: True once it is finished, its slot is free, and all that is to be told of it is there.
+        request: What the scheduler knows.
+        token: Its own token.
+        notify: What is called when there is something new to read.
+        bells: Locks that threads wait for, released when there is something new.
+        heir: Who has its id after it: see `Names`.
+        taken: The engine's thread has taken it out of the box.
+        settled: The scheduler has let go of it.
+        accepted: Its user has the handle.
     """
 
-    _what = "request"
-
     def __init__(self, request: Request, token: CancelToken) -> None:
-        self._request = request
-        self._token = token
+        self.request = request
+        self.token = token
+        self.desk: Desk | None = None
+        self.notify: list[Registration] = []
+        self.bells: list[Lock] = []
+        self.heir: dict[str, Work | None] = {}
+        self.taken = self.settled = False
+        self.accepted = False
+        self.callback: CallbackHandle | None = None
+        self._fate: dict[str, str] = {}  # "started", or "left" before it was
+        self._end: dict[str, End] = {}
         self._until: tuple[CancelToken, CancelToken] | None = None
-        self._changed = threading.Condition()
-        self._waiting = 0
-        self._notify: list[Registration] = []
-        self._callback: CallbackHandle | None = None
-        self.ended = False
-        self._cause: Cause | None = None
-        self._reason = ""
-        self._cancel_latency: float | None = None
-
-    # -- what it is and how it is
+        request.owner = self
 
     @property
     def id(self) -> str:
-        """Its name."""
-        return self._request.id
+        return self.request.id
 
     @property
-    def state(self) -> RequestState:
-        """ "queued", "prefill", "decode" or "finished"; finished means that its slot is free, too."""
-        return self._request.state
+    def end(self) -> End | None:
+        """How it ended; None while its slot is not free, or something is to be told."""
+        return self._end.get("end")
 
     @property
-    def finish_reason(self) -> FinishReason | None:
-        """How it ended: "stop", "length", "cancelled", "deadline", "shutdown" or "error"; None while it has not."""
-        return self._request.finish_reason if self.ended else None
+    def ended(self) -> bool:
+        return bool(self._end)
 
     @property
-    def cause(self) -> Cause | None:
-        """Who cancelled it, if that is how it ended."""
-        return self._cause
+    def gone(self) -> bool:
+        """Whether nobody waits for it: it has ended, or will as soon as the engine sees it."""
+        return self.ended or self.token.cancelled
 
     @property
-    def reason(self) -> str:
-        """The text given to `cancel()`, or ""."""
-        return self._reason
+    def readable(self) -> bool:
+        """Whether there is something to read that was not read."""
+        return False
 
     @property
-    def cancel_latency(self) -> float | None:
-        """Seconds from the cancel, or the deadline, to its slot being free; None if it was not cancelled."""
-        return self._cancel_latency
+    def has_readers(self) -> bool:
+        """Whether somebody waits for something to read."""
+        return bool(self.notify or self.bells)
 
-    @property
-    def error(self) -> Exception | None:
-        """Why it failed, or None."""
-        return self._request.error
+    def token_until(self, stop: CancelToken) -> CancelToken:
+        """A token that is cancelled with its own or with `stop`: the same one for as long as `stop` is the same."""
+        if self._until is None or self._until[0] is not stop:
+            self._until = stop, CancelToken.any_of(self.token, stop)
+        return self._until[1]
 
-    @property
-    def usage(self) -> Usage:
-        """Tokens and seconds so far."""
-        request, now = self._request, time.monotonic()
-        ended = request.finished_at or now
-        started = request.started_at or ended
-        first = request.first_token_at or ended
-        return Usage(
-            prompt_tokens=request.n_prompt,
-            cached_tokens=request.cached_tokens,
-            completion_tokens=request.n_generated,
-            queue_seconds=max(started - request.submitted_at, 0.0),
-            prompt_seconds=max(first - started, 0.0),
-            decode_seconds=max(ended - first, 0.0),
-        )
+    def start(self) -> None:
+        """It is given a slot: from now on its end comes from the engine's thread."""
+        self._fate.setdefault("fate", "started")
+
+    def cancel(self, reason: str = "", cause: Cause = Cause.CLIENT) -> bool:
+        """Stop it. True for the first cancel of an unfinished request."""
+        try:
+            return not self.ended and self.token.cancel(reason, cause=cause)
+        finally:
+            if self.token.cancelled:  # if an interrupt came while the token's callbacks were called
+                self.leave()
+
+    def on_cancel(self) -> None:
+        """The callback of its token."""
+        try:
+            self.leave()
+        except KeyboardInterrupt:  # which would be lost here
+            self.leave()
+            _thread.interrupt_main()
+
+    def leave(self) -> None:
+        """Its token was cancelled. One that never had a slot has ended with that; else the engine's thread ends it."""
+        desk = self.desk
+        if desk is None or desk.is_foreign or self.ended:
+            return
+        desk.box.put(self)
+        if self._fate.setdefault("fate", "left") == "left":
+            self.finish(ending_of(self.token), time.monotonic())
+            for after in self.tell():
+                call(after)
+        desk.stop_for(self)
+
+    def finish(self, reason: FinishReason, now: float, error: Exception | None = None) -> None:
+        """It has ended so, unless it has already. `tell()` is to follow."""
+        if not self._end:
+            end = End(reason, now, error)
+            if reason in ("cancelled", "deadline", "shutdown"):
+                token = self.token
+                latency = max(now - (token.cancelled_at or now), 0.0)
+                end = End(reason, now, None, token.cause, token.reason or "", latency)
+            if self._end.setdefault("end", end) is end and self.desk is not None:
+                self.desk.recent.append(self.view())
+        if self.desk is not None:
+            self.desk.works.pop(self.request, None)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Forgets what an ended request needs no more. A user may keep its answer for long."""
+        callback, self.callback = self.callback, None
+        if callback is not None:
+            callback.remove()
+
+    def tell(self) -> dict[Callable[[], object], None]:
+        """Wakes those who wait, and calls those who want to know. Returns what they want to be called afterwards."""
+        for bell in tuple(self.bells):
+            with suppress(RuntimeError):  # it has rung, and nobody has come yet
+                bell.release()
+        afterwards: dict[Callable[[], object], None] = {}
+        for entry in tuple(self.notify):
+            call(entry.fn)
+            if entry.after is not None:
+                afterwards[entry.after] = None
+        return afterwards
 
     def view(self) -> RequestView:
         """A picture of this moment."""
-        request = self._request
+        request, end = self.request, self.end
+        error = end.error if end is not None else request.error
         return RequestView(
             id=request.id,
             kind=request.kind,
-            state=request.state,
+            state="finished" if end is not None else request.state,
             waits_for_memory=request.waits_for_memory,
             priority=request.priority,
             slot=request.last_slot,
@@ -143,121 +230,12 @@ class Work:
             submitted_at=request.submitted_at,
             started_at=request.started_at,
             first_token_at=request.first_token_at,
-            finished_at=request.finished_at,
-            finish_reason=request.finish_reason,
-            cause=self._cause.value if self._cause is not None else None,
-            reason=self._reason or (str(request.error) if request.error is not None else ""),
-            cancel_latency=self._cancel_latency,
+            finished_at=end.at if end is not None else request.finished_at,
+            finish_reason=end.reason if end is not None else request.finish_reason,
+            cause=end.cause.value if end is not None and end.cause is not None else None,
+            reason=(end.text if end is not None else "") or (str(error) if error is not None else ""),
+            cancel_latency=end.latency if end is not None else None,
         )
 
-    # -- cancel and wait
-
-    def cancel(self, reason: str = "") -> bool:
-        """Stop it. From any thread; a repeated or late one does nothing.
-
-        Returns:
-            True for the first cancel of an unfinished request.
-        """
-        return not self.ended and self._token.cancel(reason)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it is finished and its slot is free.
-
-        Returns:
-            False if `timeout` seconds passed first.
-        """
-        return self._await(lambda: self.ended, timeout)
-
-    def add_notify(self, fn: Callable[[], object], after: Callable[[], object] | None = None) -> Registration:
-        """Have `fn()` called when there is something new to read, or the end has come; at once if that is so now.
-
-        It is called by the engine's thread or by one that cancels, never two at a time, and must not block.
-
-        Args:
-            fn: What is called.
-            after: Called afterwards, too; once for all the requests that have news at the same time and the same
-                `after`.
-        """
-        entry = Registration(fn, self._notify, after)
-        if self.ended or self.readable:
-            fn()
-            if after is not None:
-                after()
-        return entry
-
-    def __enter__(self: W) -> W:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if not self.ended:
-            self.cancel("left the with statement")
-            self.wait()
-
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.id} {self.finish_reason or self.state}>"
-
-    # -- for those who build on it
-
-    def token_until(self, stop: CancelToken) -> CancelToken:
-        """A token that is cancelled with its own or with `stop`: the same one for as long as `stop` is the same."""
-        if self._until is None or self._until[0] is not stop:
-            self._until = stop, CancelToken.any_of(self._token, stop)
-        return self._until[1]
-
-    @property
-    def readable(self) -> bool:
-        """Whether there is something to read that was not read."""
-        return False
-
-    def _await(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
-        if ready():
-            return True
-        with self._changed:
-            self._waiting += 1
-            try:
-                return self._changed.wait_for(ready, timeout)
-            finally:
-                self._waiting -= 1
-
-    def _await_or_stop(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Waits; Ctrl-C ends the work before it goes on its way."""
-        try:
-            return self._await(ready, timeout)
-        except KeyboardInterrupt:
-            self._token.cancel("Ctrl-C", cause=Cause.INTERRUPT)
-            self.wait()
-            raise
-
-    @property
-    def has_readers(self) -> bool:
-        """Whether somebody waits for something to read."""
-        return bool(self._notify or self._waiting)
-
-    def _wake(self) -> None:
-        """Wakes the threads that wait."""
-        if self._waiting:
-            with self._changed:
-                self._changed.notify_all()
-
-    def _end(self, now: float) -> None:
-        """Called once, when the request is finished and nothing of it is being computed."""
-        if self._request.finish_reason in ("cancelled", "deadline", "shutdown"):
-            self._cause, self._reason = self._token.cause, self._token.reason or ""
-            self._cancel_latency = max(now - (self._token.cancelled_at or now), 0.0)
-        if self._callback is not None:
-            self._callback.remove()
-            self._callback = None
-        with self._changed:
-            self.ended = True
-            self._changed.notify_all()
-
-    def raise_if_failed(self) -> None:
-        """Raise what a reader is to be told at the end, if it did not end well; do nothing otherwise."""
-        if self._request.error is not None:
-            raise self._request.error
-        if self._request.finish_reason in ("cancelled", "deadline", "shutdown"):
-            if self._cause is None:
-                raise LlamaCancelError(f"{self._what} {self.id} ended: {self._request.finish_reason}")
-            raise cancelled_error(f"{self._what} {self.id}", self._cause, self._reason, self._cancel_latency or 0.0)
+        return f"<{type(self).__name__} {self.id}>"

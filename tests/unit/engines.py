@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,25 @@ def when_pieces(generation: lc.Generation, n: int, fn: Callable[[], object]) -> 
             fn()
 
     generation.add_notify(look)
+
+
+@contextlib.contextmanager
+def together(engine: lc.Engine) -> Iterator[None]:
+    """What is submitted or cancelled inside comes to the engine's thread all at once."""
+    core, open_ = engine._core, threading.Event()
+    schedule = core.scheduler.plan
+
+    def plan(now: float) -> Plan:
+        assert open_.wait(60)
+        core._empty_box(now)
+        return schedule(now)
+
+    core.scheduler.plan = plan  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        core.scheduler.plan = schedule  # type: ignore[method-assign]
+        open_.set()
 
 
 class Gate:

@@ -40,6 +40,7 @@ class Chances:
     full: float = 0.0
     failed: float = 0.0
     broken: float = 0.0
+    upset: float = 0.0
     lost: float = 0.0  # a sequence that was computed cannot be repaired
     sampler: float = 0.0
 
@@ -117,9 +118,17 @@ class FakeRunner:
         elif self._chance(self.chances.broken):
             outcome.fault, outcome.error = Fault.BROKEN, DecodeFailedError("it broke")
             self.cells.clear()
+        elif self._chance(self.chances.upset):
+            outcome.fault, outcome.error = Fault.UPSET, DecodeFailedError("nobody has foreseen it")
+            self.cells.clear()
         elif self._chance(self.chances.full):
             outcome.fault, outcome.error = Fault.FULL, MemoryFullError("it was full")
+        if outcome.fault is not None:
+            outcome.cancelled = self._cancelled(requests)
         return outcome.fault is not None
+
+    def _cancelled(self, requests: Sequence[Request]) -> dict[Request, Any]:
+        return {each: self.cancelled[each.id] for each in requests if each.id in self.cancelled}
 
     def _decode(self, plan: Plan, outcome: Outcome) -> None:
         planned = [rows for rows in plan.rows if rows.slot not in outcome.lost]
@@ -132,6 +141,7 @@ class FakeRunner:
         free = None if self.rules.cells is None else self.rules.cells - self.used
         if free is not None and free < sum(rows.count for rows in planned):
             outcome.fault, outcome.error = Fault.FULL, MemoryFullError("there is no room")
+            outcome.cancelled = self._cancelled(plan.requests)
             return
         stopped = not plan.whole and self._chance(self.chances.stopped)
         stop_at = self.random.randrange(len(planned)) if stopped else None
@@ -142,7 +152,7 @@ class FakeRunner:
             assert rows.request.slot == rows.slot
             count = rows.count
             if rows.request.id in self.cancelled:
-                outcome.cancelled[rows.request.id] = self.cancelled[rows.request.id]
+                outcome.cancelled[rows.request] = self.cancelled[rows.request.id]
                 count = self.random.randint(0, count)
             if stop_at is not None and i >= stop_at:
                 count = self.random.randint(0, count) if i == stop_at else 0
@@ -160,7 +170,7 @@ class FakeRunner:
                 continue
             assert self.content(rows.slot) == rows.request.tokens, "an output of something else"
             if self._chance(self.chances.sampler):
-                outcome.failed[rows.request.id] = ValueError("no token is left to choose")
+                outcome.failed[rows.request] = ValueError("no token is left to choose")
                 continue
             token = next_token(self.content(rows.slot))
             outcome.sampled[rows.slot] = Sampled(token, token == END)
@@ -172,9 +182,9 @@ class FakeRunner:
         outcome.aborted = stopped
         for request in plan.embed:
             if request.id in self.cancelled:
-                outcome.cancelled[request.id] = self.cancelled[request.id]
+                outcome.cancelled[request] = self.cancelled[request.id]
             elif not stopped:
-                outcome.embedded.append(request.id)
+                outcome.embedded.append(request)
 
 
 def request(name: str, prompt: Sequence[int], **attributes: Any) -> Request:

@@ -391,10 +391,10 @@ def test_an_anyio_scope_that_is_cancelled_does_not_spin_while_the_slot_gets_free
                 await reached(gate)
                 until = generation._waiting._until
 
-                async def counted(ready: Callable[[], bool]) -> None:
+                async def counted(*args: Any) -> None:
                     nonlocal turns
                     turns += 1
-                    await until(ready)
+                    await until(*args)
 
                 generation._waiting._until = counted  # type: ignore[method-assign]
                 scope.cancel()

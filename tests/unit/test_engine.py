@@ -85,9 +85,9 @@ def test_a_generation_moves_through_its_states_in_order() -> None:
     seen: list[tuple[str, str]] = []
     with engine(slots=1) as e:
         listening = e.add_listener(lambda view: seen.append((view.id, view.state)))
-        for name in ("a", "b"):
-            e.submit(ids(5), max_tokens=2, request_id=name)
+        held = [e.submit(ids(5), max_tokens=2, request_id=name) for name in ("a", "b")]
         e.close()
+        assert all(generation.ended for generation in held)
         assert listening.remove()
         assert not listening.remove()
     assert [state for name, state in seen if name == "a"] == ["queued", "prefill", "decode", "finished"]
@@ -100,7 +100,7 @@ def test_the_snapshot_shows_slots_queue_and_the_last_requests() -> None:
         for name in ("x", "y", "z"):
             e.submit(ids(3), max_tokens=1, request_id=name).result(60)
         with Gate(e, at=1) as gate:  # the prompt is computed, the first token chosen
-            e.submit(ids(7), max_tokens=3, request_id="a")
+            running = e.submit(ids(7), max_tokens=3, request_id="a")
             gate.wait()
             queued = e.submit(ids(4), max_tokens=1, request_id="b", priority=2)
             shot = e.snapshot()
@@ -116,6 +116,7 @@ def test_the_snapshot_shows_slots_queue_and_the_last_requests() -> None:
             assert [(view.id, view.slot) for view in shot.recent] == [("y", 0), ("z", 0)]
             assert not shot.closing
         queued.result(60)
+        running.result(60)
     assert e.snapshot().closing
 
 
@@ -265,10 +266,10 @@ def test_higher_priority_goes_first_and_equals_in_order() -> None:
     with engine(slots=1, aging=1e6) as e:
         e.add_listener(lambda view: order.append(view.id) if view.state == "prefill" else None)
         with Gate(e) as gate:
-            e.submit(ids(2), max_tokens=1, request_id="first")
+            held = [e.submit(ids(2), max_tokens=1, request_id="first")]
             gate.wait()
             for name, priority in (("low", -1), ("a", 0), ("high", 5), ("b", 0)):
-                e.submit(ids(2), max_tokens=1, priority=priority, request_id=name)
+                held.append(e.submit(ids(2), max_tokens=1, priority=priority, request_id=name))
     assert order == ["first", "high", "a", "b", "low"]
 
 

@@ -23,6 +23,7 @@ from tests.unit.engines import (
     ids,
     same_answer,
     stalled,
+    together,
 )
 
 
@@ -156,7 +157,7 @@ def test_a_step_stops_for_a_cancel_and_who_waits_for_the_slot_joins_those_who_st
                 assert victim.cancel()
 
         before_step(e, look)
-        with e._core._lock:  # so that one step has both
+        with together(e):
             victim = e.submit(ids(600, 2), max_tokens=1)
             other = e.submit(prompt, max_tokens=3, sampler=greedy(), logprobs=2)
             waiting = e.submit(ids(20, 3), max_tokens=3, sampler=greedy(), logprobs=2)
@@ -179,9 +180,9 @@ def test_what_others_want_of_a_ubatch_is_computed_before_the_step_stops_for_a_ca
         compute = runner._compute
 
         def look(*args: Any, **how: Any) -> Any:
-            plan = e._core.scheduler.in_flight
-            assert plan is not None
-            starts.append({rows.request.id: rows.start for rows in plan.rows})
+            flight = e._core.scheduler.in_flight
+            assert flight is not None
+            starts.append({rows.request.id: rows.start for rows in flight.plan.rows})
             if len(starts) > 1:
                 return compute(*args, **how)
             with in_the_middle(victim.cancel, at=60) as clock:
@@ -191,7 +192,7 @@ def test_what_others_want_of_a_ubatch_is_computed_before_the_step_stops_for_a_ca
                     assert clock.stopped
 
         runner._compute = look  # type: ignore[method-assign]
-        with e._core._lock:  # so that one step has both
+        with together(e):
             other = e.submit(prompt, max_tokens=3, sampler=greedy(), logprobs=2, timeout=1000)
             victim = e.submit(ids(40, 2), max_tokens=1, timeout=1000)
         other.result(60)
@@ -211,8 +212,9 @@ def test_a_long_ubatch_that_others_want_is_stopped_in_its_middle_while_there_is_
 
         def look(number: int, plan: Plan) -> None:
             if any(rows.request.id == other.id and rows.count > 1 for rows in plan.rows):
-                pace = e._core.scheduler.pace
-                pace.row_seconds, pace.patience = 1.0, patience
+                flight = e._core.scheduler.in_flight
+                assert flight is not None
+                flight.pace.row_seconds, flight.pace.patience = 1.0, patience
                 victim.cancel()
                 stops.append(e._core.runner.stop)
 
@@ -237,7 +239,7 @@ def test_who_was_through_before_a_step_was_stopped_has_its_token(arch: str) -> N
         compute = runner._compute
 
         def stopping(*args: Any, **how: Any) -> Any:
-            steps.append([(rows.request.id, rows.start) for rows in e._core.scheduler.in_flight.rows])
+            steps.append([(rows.request.id, rows.start) for rows in e._core.scheduler.in_flight.plan.rows])
             if len(steps) > 1:
                 return compute(*args, **how)
             result = compute(*args, **how)

@@ -11,7 +11,6 @@ import pytest
 
 import llamacancel as lc
 from llamacancel._sampler import choose_tokens
-from llamacancel.scheduler import Outcome, Plan
 from tests.unit.engines import (
     GENERATIVE,
     Gate,
@@ -198,30 +197,20 @@ def test_a_failed_batch_of_embeddings_is_done_again_one_by_one(failing: Callable
 # ---- when the engine itself fails --------------------------------------------------------------------------------
 
 
-def test_an_unexpected_error_ends_all_requests_and_the_engine_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    e = engine(slots=1)
-    submitted = threading.Event()
-
-    def broken(plan: Plan) -> Outcome:
-        assert submitted.wait(60)
-        raise ZeroDivisionError("by nothing")
-
-    monkeypatch.setattr(e._core.runner, "run", broken)
-    generations = [e.submit(ids(5), max_tokens=100) for _ in range(3)]
-    embedding = e.embed(ids(5))
-    submitted.set()
-    for work in (*generations, embedding):
-        with pytest.raises(lc.ClosedError, match="ZeroDivisionError: by nothing"):
-            work.result(60)
-        assert work.finish_reason == "error"
-    with pytest.raises(lc.ClosedError, match="ZeroDivisionError: by nothing"):
-        e.submit(ids(5))
-    with pytest.raises(lc.ClosedError, match="failed"):
-        e.__enter__()
-    assert e.closed
-    e.close()
-    assert e._core.stopped
-    assert e._core.runner.context.closed
+def test_an_unexpected_error_with_every_step_ends_each_request_with_it_and_not_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with engine(slots=2) as e:
+        with monkeypatch.context() as patch:
+            patch.setattr(e._core.runner, "run", lambda plan: 1 / 0)
+            requests = [*(e.submit(ids(5, seed), max_tokens=100) for seed in range(3)), e.embed(ids(5))]
+            for request in requests:
+                with pytest.raises(ZeroDivisionError):
+                    request.result(60)
+                assert request.finish_reason == "error"
+        generation = e.submit(ids(5), max_tokens=4, sampler=greedy(), logprobs=2)
+        generation.result(60)
+        assert same_answer("llama", generation, answer("llama", ids(5), 4))
 
 
 def test_a_context_that_cannot_be_made_again_ends_the_engine_with_that_error(failing: Callable[..., lc.Engine]) -> None:
@@ -231,9 +220,19 @@ def test_a_context_that_cannot_be_made_again_ends_the_engine_with_that_error(fai
         raise lc.ContextError("no memory left on this machine")
 
     e._core.runner._make_context = no_context
-    with pytest.raises(lc.ClosedError, match="no memory left on this machine"):
-        e.submit(ids(5), max_tokens=20).result(60)
+    requests = [e.submit(ids(5, seed), max_tokens=20) for seed in range(3)]
+    for request in requests:
+        with pytest.raises(lc.ClosedError, match="no memory left on this machine"):
+            request.result(60)
+        assert request.finish_reason == "error"
+    with pytest.raises(lc.ClosedError, match="no memory left"):
+        e.submit(ids(5))
+    with pytest.raises(lc.ClosedError, match="failed"):
+        e.__enter__()
+    assert e.closed
     e.close()
+    assert e._core.stopped
+    assert e._core.runner.context.closed
 
 
 def test_a_cancel_beside_a_failing_step_still_ends_as_a_cancel(failing: Callable[..., lc.Engine]) -> None:

@@ -144,7 +144,7 @@ def test_a_finished_request_is_not_kept_by_the_tokens_that_could_have_cancelled_
         del generation
         gc.collect()
         assert [each() for each in gone] == [None] * 5
-        assert e._core.works == {}
+        assert e._desk.works == {}
 
 
 def test_thousands_of_waiting_requests_take_no_threads() -> None:
@@ -178,17 +178,17 @@ def run_python(source: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "source",
     [
-        "engine = lc.Engine(model, n_threads=1)",
-        "engine = lc.Engine(model, n_threads=1); next(engine.submit([400], sampler=endless))",
-        "engine = lc.Engine(model, n_threads=1); engine.submit(list(range(300, 4000)))",
-        "engine = lc.Engine(model, n_threads=1, slots=1); [engine.submit([400], timeout=9) for _ in range(9)]",
-        "engine = lc.Engine(model, n_threads=1); engine.embed([400] * 2000)",
-        "engine = lc.Engine(model, n_threads=1); engine.add_listener(lambda _: time.sleep(0.01)); engine.submit([400])",
-        "engine = lc.Engine(model, n_threads=1); engine.stop()",
+        "",
+        "held = engine.submit([400], sampler=endless); next(held)",
+        "held = engine.submit(list(range(300, 4000)))",
+        "held = [engine.submit([400], timeout=9) for _ in range(9)]",
+        "held = engine.embed([400] * 2000)",
+        "engine.add_listener(lambda _: time.sleep(0.01)); held = engine.submit([400])",
+        "engine.stop()",
     ],
 )
 def test_a_process_that_ends_with_a_running_engine_is_silent(source: str) -> None:
-    ran = run_python(source)
+    ran = run_python(f"engine = lc.Engine(model, n_threads=1, slots=2); {source}")
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
@@ -203,7 +203,7 @@ def test_ctrl_c_while_reading_stops_the_generation_and_the_engine_goes_on() -> N
         "                return\n"
         "            if generation._token.cancelled:\n"
         "                return\n"
-        "            while not (generation._waiting and all_read()):\n"  # so that it comes while the reader waits
+        "            while not (generation._work.bells and all_read()):\n"  # so that it comes while the reader waits
         "                time.sleep(0.001)\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "            generation._token.wait(30)\n"

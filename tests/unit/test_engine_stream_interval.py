@@ -39,11 +39,12 @@ def test_without_an_interval_or_with_longer_steps_every_token_is_told(interval: 
 
 
 def test_text_is_told_before_a_step_that_computes_a_prompt_too() -> None:
+    held: list[object] = []
     with engine(stream_interval=FOR_EVER) as e:
 
         def submit(number: int, _: object) -> None:
             if number == 10:
-                e.submit(ids(60, 1), sampler=endless(), max_tokens=1)
+                held.append(e.submit(ids(60, 1), sampler=endless(), max_tokens=1))
 
         before_step(e, submit)
         with Gate(e):

@@ -16,7 +16,10 @@ NATIVE = PACKAGE / "_native"
 GROUND = {"errors"}
 CORE = {"_cancel", "outcome", "_params", "batch", *GROUND}
 NATIVE_CORE = {"_library", "_llama", "_model", "_result", "_context", "_memory", "_sampler", "constraint", *CORE}
-ENGINE = {"scheduler", "text", "usage", "views", "work", "generation", "runner", "core", *NATIVE_CORE}
+ENGINE = {
+    "scheduler", "text", "usage", "views", "work", "names", "desk", "handle", "generation", "runner", "core",
+    *NATIVE_CORE,
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": {"_cancel"},  # for annotations alone: see the test
     "_arguments": set(),
@@ -40,10 +43,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text": set(),
     "usage": set(),
     "views": {"scheduler"},
-    "work": {"scheduler", "usage", "views", *CORE},
-    "generation": {"scheduler", "text", "usage", "work", *NATIVE_CORE},
+    "work": {"scheduler", "views", "desk", *CORE},  # desk for annotations alone
+    "names": {"work"},
+    "desk": {"scheduler", "views", "work", "names", *CORE},
+    "handle": {"scheduler", "usage", "views", "work", *CORE},
+    "generation": {"scheduler", "text", "usage", "work", "handle", *NATIVE_CORE},
     "runner": {"scheduler", "work", "generation", *NATIVE_CORE},
-    "core": {"scheduler", "views", "work", "runner", *CORE},
+    "core": {"scheduler", "views", "work", "desk", "runner", *CORE},
     "engine": ENGINE,
     "aio": {"engine", *ENGINE},
     "server": {"__init__", "server", "aio", "engine", "make_model", "_arguments", *ENGINE},

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamacancel.errors import DecodeFailedError, MemoryFullError, QueueFullError
+from llamacancel.errors import DecodeFailedError, MemoryFullError
 from llamacancel.scheduler import (
     Cells,
     Copy,
@@ -44,6 +44,9 @@ class Bench:
         made = request(name, prompt, **attributes)
         self.scheduler.submit(made, self.now)
         return made
+
+    def cancel(self, request: Request, ending: Any = "cancelled") -> bool:
+        return self.scheduler.cancel(request, ending, self.now)
 
     def step(self) -> Plan:
         plan = self.scheduler.plan(self.now)
@@ -117,27 +120,12 @@ def test_a_low_priority_is_not_overtaken_for_ever() -> None:
     )
 
 
-def test_a_full_queue_refuses_and_changes_nothing() -> None:
-    bench = Bench(slots=1, queue_limit=2)
-    for name in "abc":
-        bench.submit(name, prompt(5))
-    with pytest.raises(QueueFullError):
-        bench.submit("d", prompt(5))
-    assert list(bench.scheduler.queue) == ["a", "b", "c"]
-    bench.step()
-    with pytest.raises(QueueFullError):
-        bench.submit("d", prompt(5))
-    bench.scheduler.cancel("b", "cancelled", bench.now)
-    bench.submit("d", prompt(5))
-
-
 def test_a_flood_of_cancelled_requests_leaves_nothing_in_the_line() -> None:
     bench = Bench(slots=1, queue_limit=10)
     bench.submit("running", prompt(5))
     bench.step()
     for i in range(5000):
-        bench.submit(f"r{i}", prompt(3))
-        assert bench.scheduler.cancel(f"r{i}", "cancelled", bench.now)
+        assert bench.cancel(bench.submit(f"r{i}", prompt(3)))
     assert len(bench.scheduler._line) < 200
 
 
@@ -372,10 +360,10 @@ def test_a_part_that_nobody_wants_is_left_to_stop_by_itself() -> None:
     assert not policy.stops_inside(pace, parts, 0.1)
     bench = Bench(slots=2)
     bench.submit("alone", prompt(10))
-    assert bench.scheduler.plan(0.0)
     bench.scheduler.pace.row_seconds = 1.0
-    assert bench.scheduler.cancel("alone", "cancelled", 0.0)
-    assert not bench.scheduler.stops_inside(0.0)
+    assert bench.scheduler.plan(0.0)
+    assert bench.scheduler.in_flight is not None
+    assert not bench.scheduler.in_flight.stops_inside([True], 0.0)
 
 
 def test_what_was_computed_before_the_last_ubatch_is_not_lost_and_rows_after_it_are_not_computed() -> None:
@@ -427,11 +415,12 @@ def test_a_flood_of_cancels_passes_over_nobody_more_than_twice_in_a_row(step_sec
     bench.scheduler.pace.row_seconds = 1.0
     waited = held = 0
     for turn in range(200):
+        bench.scheduler.pace.row_seconds = 1.0
         plan = bench.scheduler.plan(bench.now)
         gone = crowd[turn % 2]
-        assert bench.scheduler.cancel(gone.id, "cancelled", bench.now)
-        bench.scheduler.pace.row_seconds = 1.0
-        assert not (plan.whole and bench.scheduler.stops_inside(bench.now))
+        flight = bench.scheduler.in_flight
+        assert flight is not None
+        assert not (plan.whole and flight.stops_inside([each is gone for each in plan.requests], bench.now))
         if plan.whole or gone not in plan.requests:
             outcome = bench.runner.run(plan)
         else:  # it was stopped before its first row
@@ -439,6 +428,7 @@ def test_a_flood_of_cancels_passes_over_nobody_more_than_twice_in_a_row(step_sec
             outcome = Outcome(held={rows.slot: rows.start for rows in plan.rows})
         bench.now += 0.01
         bench.scheduler.commit(outcome, bench.now)
+        bench.cancel(gone)
         crowd[turn % 2] = bench.submit(f"crowd{turn + 2}", prompt(40, turn + 2), max_tokens=5)
         waited = 0 if stayed.held > held or stayed.state == "finished" else waited + 1
         held = stayed.held
@@ -450,14 +440,13 @@ def test_nothing_is_to_be_stopped_where_nobody_in_the_step_was_cancelled() -> No
     bench = Bench(slots=2)
     for name in ("a", "b"):
         bench.submit(name, prompt(10))
-    waiting = bench.submit("c", prompt(10))
-    assert not bench.scheduler.stops_inside(0.0)
-    assert bench.scheduler.plan(0.0)
     bench.scheduler.pace.row_seconds = 1.0
-    assert bench.scheduler.cancel(waiting.id, "cancelled", 0.0)
-    assert not bench.scheduler.stops_inside(0.0)
-    assert bench.scheduler.cancel("a", "cancelled", 0.01)
-    assert bench.scheduler.stops_inside(0.01)
+    assert bench.scheduler.in_flight is None
+    assert bench.scheduler.plan(0.0)
+    flight = bench.scheduler.in_flight
+    assert flight is not None
+    assert not flight.stops_inside([False, False], 0.0)
+    assert flight.stops_inside([True, False], 0.01)
 
 
 @pytest.mark.parametrize("kind", ["generation", "embedding"])
@@ -470,16 +459,18 @@ def test_a_stopped_step_is_paid_for_with_what_it_cost_those_who_stayed(kind: Any
     pace.row_seconds = pace.embed_row_seconds = 0.001
     patience = pace.patience
     for stayed, gone in ((600, 100), (100, 600)):
-        for name, n in (("stayed", stayed), ("gone", gone)):
-            bench.submit(name, prompt(n, n), max_tokens=1, kind=kind)
+        requests = {
+            name: bench.submit(name, prompt(n, n), max_tokens=1, kind=kind)
+            for name, n in (("stayed", stayed), ("gone", gone))
+        }
         plan = bench.scheduler.plan(bench.now)
         assert {each.id for each in plan.requests} == {"stayed", "gone"}
         bench.runner.run(Plan(actions=plan.actions))
-        bench.scheduler.cancel("gone", "cancelled", bench.now)
-        bench.scheduler.commit(Outcome(aborted=True, cancelled={"gone": "cancelled"}, seconds=0.3), bench.now)
+        outcome = Outcome(aborted=True, cancelled={requests["gone"]: "cancelled"}, seconds=0.3)
+        bench.scheduler.commit(outcome, bench.now)
         patience -= max(0.3 - 0.001 * gone, 0.0)
         assert pace.patience == pytest.approx(patience)
-        bench.scheduler.cancel("stayed", "cancelled", bench.now)
+        bench.cancel(requests["stayed"])
         assert bench.scheduler.idle
 
 
@@ -525,7 +516,7 @@ def test_a_prompt_that_comes_several_times_at_once_is_computed_once() -> None:
 
 def test_nobody_waits_for_a_prefix_of_lower_priority_or_one_that_is_given_up() -> None:
     bench = Bench(slots=3, n_batch=64, step_seconds=None)
-    bench.submit("low", prompt(400), priority=-1)
+    low = bench.submit("low", prompt(400), priority=-1)
     bench.step()
     high = bench.submit("high", prompt(400))
     bench.step()
@@ -533,8 +524,8 @@ def test_nobody_waits_for_a_prefix_of_lower_priority_or_one_that_is_given_up() -
     third = bench.submit("third", prompt(400), priority=-1)
     bench.step()
     assert third.state == "queued"
-    for name in ("low", "high"):
-        bench.scheduler.cancel(name, "cancelled", bench.now)
+    for each in (low, high):
+        bench.cancel(each)
     held = max(seq.held for seq in bench.scheduler.sequences)
     bench.step()
     assert third.state == "prefill"
@@ -584,13 +575,12 @@ def test_a_request_joins_only_where_it_finds_room() -> None:
     rules = MemoryRules(cut=True, copy="part", cells=100)
     bench = Bench(rules, slots=2, n_ctx=100, step_seconds=None)
     big = bench.submit("big", prompt(70, 1), max_tokens=3)
-    bench.submit("other", prompt(70, 2), max_tokens=3)
+    other = bench.submit("other", prompt(70, 2), max_tokens=3)
     third = bench.submit("third", prompt(5, 3), max_tokens=3)
-    other = bench.scheduler.queue["other"]
     assert rows_of(bench.step()) == {"big": 70}
     assert len(bench.scheduler.active) == 1
     assert [each.waits_for_memory for each in (big, other, third)] == [False, True, False], "the first in line"
-    bench.scheduler.cancel("other", "cancelled", bench.now)
+    bench.cancel(other)
     assert not other.waits_for_memory
     bench.step()
     assert third.state != "queued"
@@ -714,8 +704,8 @@ def test_a_request_cancelled_in_a_step_that_fails_ends_as_cancelled_and_without_
     bench = Bench(slots=1)
     made = bench.submit("a", prompt(10), max_tokens=8)
     assert bench.scheduler.plan(0.0)
-    assert bench.scheduler.cancel("a", "cancelled", 0.05)
-    bench.scheduler.commit(Outcome(fault=fault, error=DecodeFailedError("failed")), 0.1)
+    outcome = Outcome(fault=fault, error=DecodeFailedError("failed"), cancelled={made: "cancelled"})
+    bench.scheduler.commit(outcome, 0.1)
     assert (made.finish_reason, made.error) == ("cancelled", None)
     assert bench.scheduler.idle
 

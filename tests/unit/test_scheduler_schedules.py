@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from llamacancel.errors import QueueFullError
 from llamacancel.scheduler import Limits, MemoryRules, Outcome, Plan, Request, Scheduler
 from tests.unit.fake_runner import Chances, FakeRunner, answer
 
@@ -62,6 +61,7 @@ class Schedules(RuleBasedStateMachine):
             full=trouble / 2,
             failed=trouble / 3,
             broken=trouble / 4,
+            upset=trouble / 4,
             lost=trouble / 2,
             sampler=trouble / 10,
         )
@@ -84,14 +84,7 @@ class Schedules(RuleBasedStateMachine):
         self._submit(Request(f"r{len(self.accepted)}", list(prompt), kind="embedding"), prompt)
 
     def _submit(self, request: Request, prompt: list[int]) -> None:
-        waiting = len(self.scheduler.queue)
-        room = self.limits.queue_limit + self.scheduler.idle_slots
-        try:
-            self.scheduler.submit(request, self.now)
-        except QueueFullError:
-            assert waiting >= room
-            return
-        assert waiting < room
+        self.scheduler.submit(request, self.now)
         self.accepted[request.id] = (request, prompt)
 
     @precondition(lambda self: self.accepted)
@@ -101,12 +94,13 @@ class Schedules(RuleBasedStateMachine):
         unfinished = self.accepted[name][0].state != "finished"
         if unfinished:
             self.runner.cancelled.setdefault(name, ending)
-        if seen or not unfinished:  # the thread that cancels may come later than the step finds out
-            told = self.scheduler.cancel(name, self.runner.cancelled.get(name, ending), self.now)
+        if self.plan is None and (seen or not unfinished):  # the step may find out before the box is emptied
+            told = self.scheduler.cancel(self.accepted[name][0], self.runner.cancelled.get(name, ending), self.now)
             assert told == unfinished
             if told:
                 self.told.add(name)
-        assert not self.scheduler.stops_inside(self.now) or self.plan is not None
+        if (flight := self.scheduler.in_flight) is not None:
+            flight.stops_inside([each.id in self.runner.cancelled for each in flight.plan.requests], self.now)
 
     @precondition(lambda self: self.plan is None)
     @rule()
@@ -148,8 +142,8 @@ class Schedules(RuleBasedStateMachine):
         for name, (request, _) in self.accepted.items():
             assert (request.state == "finished") == (name in self.ended)
             assert request.state != "finished" or self.ended[name] == _end_of(request), "it ended a second time"
-            known = self.scheduler.find(name)
-            assert (known is request) == (request.state != "finished")
+            places = (*self.scheduler.queue, *self.scheduler.active.values(), *self.scheduler.embedding)
+            assert places.count(request) == (request.state != "finished")
 
     @invariant()
     def slots_are_those_of_the_active(self) -> None:

@@ -1,8 +1,9 @@
 """Decides which requests run, in which slots, and which rows each step computes. Pure Python, without llama.cpp."""
 
 from .cells import Cells
+from .flight import Flight
 from .plan import Clear, Copy, Cut, Fault, Outcome, Plan, Rows, Sampled
-from .policy import Limits, Pace
+from .policy import Limits, Pace, place_of
 from .prefix import MemoryRules
 from .request import FinishReason, Request, RequestState
 from .scheduler import Scheduler
@@ -15,6 +16,7 @@ __all__ = [
     "Cut",
     "Fault",
     "FinishReason",
+    "Flight",
     "Limits",
     "MemoryRules",
     "Outcome",
@@ -26,4 +28,5 @@ __all__ = [
     "Sampled",
     "Scheduler",
     "Sequence",
+    "place_of",
 ]

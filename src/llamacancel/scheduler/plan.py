@@ -85,7 +85,8 @@ class Fault(enum.Enum):
 
     FULL = "full"  # there was no room for it; the memory is as before
     FAILED = "failed"  # it could not be computed; the memory is as before
-    BROKEN = "broken"  # the memory is lost, and another one is in its place, empty
+    BROKEN = "broken"  # by a step before: the memory is lost, and another one is in its place, empty
+    UPSET = "upset"  # something unforeseen was raised: nobody knows what the memory held, and now it is empty
 
 
 @dataclass(slots=True)
@@ -103,9 +104,9 @@ class Outcome:
     Attributes:
         held: Slot to the number of tokens that the memory holds there now, for the rows of the plan.
         sampled: Slot to the token that was chosen.
-        embedded: Ids of the requests that were embedded.
-        cancelled: Ids of the requests that were found cancelled on the way, and how they end.
-        failed: Ids of requests that failed by themselves, and why.
+        embedded: Requests that were embedded.
+        cancelled: Requests that were found cancelled on the way, and how they end.
+        failed: Requests that failed by themselves, and why.
         lost: Sequences that hold nothing any more, because an action or a repair failed.
         fault: Why the step did nothing, if it did not.
         error: What it raised then.
@@ -116,9 +117,9 @@ class Outcome:
 
     held: dict[int, int] = field(default_factory=dict)
     sampled: dict[int, Sampled] = field(default_factory=dict)
-    embedded: list[str] = field(default_factory=list)
-    cancelled: dict[str, Literal["cancelled", "deadline", "shutdown"]] = field(default_factory=dict)
-    failed: dict[str, Exception] = field(default_factory=dict)
+    embedded: list[Request] = field(default_factory=list)
+    cancelled: dict[Request, Literal["cancelled", "deadline", "shutdown"]] = field(default_factory=dict)
+    failed: dict[Request, Exception] = field(default_factory=dict)
     lost: list[int] = field(default_factory=list)
     fault: Fault | None = None
     error: Exception | None = None

@@ -111,6 +111,13 @@ class Pace:
         """A step was stopped, which costs the others so much."""
         self.patience -= seconds
 
+    def copy(self) -> Pace:
+        """As it is now."""
+        copied = Pace()
+        copied.row_seconds, copied.embed_row_seconds = self.row_seconds, self.embed_row_seconds
+        copied.step_seconds, copied.patience = self.step_seconds, self.patience
+        return copied
+
     def _nearer(self, known: float | None, measured: float) -> float:
         return measured if known is None else known + self._WEIGHT * (measured - known)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = ["FinishReason", "Request", "RequestState"]
 
@@ -16,7 +16,7 @@ class Request:
     """A prompt to be continued, or to be embedded, and how far it has come.
 
     Attributes:
-        id: Its name, unique among the unfinished ones.
+        id: Its name, for people: a request is told from another by itself.
         tokens: The prompt, and after it what was generated.
         kind: "generation" or "embedding".
         max_tokens: Most tokens to generate; None for no limit but the context's.
@@ -31,7 +31,7 @@ class Request:
         waits_for_memory: The last plan left it out because there were no cells for it.
         passed_over: Steps in a row that were stopped before they came to its rows.
         suspect: It was in a step that failed, and is run alone until that is cleared up.
-        ending: How it is to end once the step that it is in is over.
+        owner: Whose it is; nothing to the scheduler.
     """
 
     id: str
@@ -53,7 +53,7 @@ class Request:
     passed_over: int = 0
     suspect: bool = False
     preemptions: int = 0
-    ending: FinishReason | None = None
+    owner: Any = None
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     submitted_at: float = 0.0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import heapq
 from typing import Literal
 
-from ..errors import DecodeFailedError, MemoryFullError, QueueFullError
+from ..errors import DecodeFailedError, MemoryFullError
 from . import policy
 from .cells import Cells
+from .flight import Flight
 from .plan import Action, Clear, Copy, Cut, Fault, Outcome, Plan, Rows
 from .policy import Limits, Pace
 from .prefix import MemoryRules, Reuse, common_prefix, find_reuse
@@ -23,32 +24,33 @@ _HEADROOM = 32  # cells that each running request should find free when another 
 class Scheduler:
     """Gives requests their slots, and plans one step after the other.
 
-    `plan()` says what is to be done, somebody does it, `commit()` is told what came of it. In between, `submit()` and
-    `cancel()` may come. It computes nothing, sleeps never, and reads no clock: times are passed in.
+    `submit()` and `cancel()` bring and take requests, `plan()` says what is to be done, somebody does it, `commit()` is
+    told what came of it, and so on. It computes nothing, sleeps never, and reads no clock: times are passed in.
 
     Args:
         limits: What it has to keep to.
         rules: What the memory can do.
 
     Attributes:
-        queue: Requests that wait, by id.
+        queue: Requests that wait.
         active: Requests that have a slot, by slot.
         embedding: Requests that are being embedded.
         sequences: What the memory holds: the slots, then the checkpoints.
         changes: Requests that changed their state, in order, once for each change; whoever reads empties it.
+        in_flight: What was planned, until it is committed.
     """
 
     def __init__(self, limits: Limits, rules: MemoryRules) -> None:
         self.limits = limits
         self.rules = rules
         self.pace = Pace()
-        self.queue: dict[str, Request] = {}
+        self.queue: dict[Request, None] = {}
         self.active: dict[int, Request] = {}
         self.embedding: list[Request] = []
         self.sequences = [Sequence(i) for i in range(limits.slots + rules.checkpoints)]
         self.cells = Cells(rules.cells)
         self.changes: list[Request] = []
-        self.in_flight: Plan | None = None
+        self.in_flight: Flight | None = None
         self._line: list[tuple[float, int, Request]] = []  # a heap; who left the queue lies in it until it comes up
         self._embed_line: list[tuple[float, int, Request]] = []
         self._count = 0
@@ -70,94 +72,36 @@ class Scheduler:
         return not (self.queue or self.active or self.embedding)
 
     def submit(self, request: Request, now: float) -> None:
-        """Queue a request.
-
-        Raises:
-            QueueFullError: If as many wait as may.
-        """
-        room = self.limits.queue_limit + self.idle_slots
-        if len(self.queue) >= room:
-            raise QueueFullError(
-                f"{len(self.queue)} requests are waiting, and queue_limit is {self.limits.queue_limit}"
-            )
+        """Queue a request."""
         self._count += 1
         request.number = self._count
         request.submitted_at = now
         self._enqueue(request)
 
-    def cancel(self, request_id: str, ending: Literal["cancelled", "deadline", "shutdown"], now: float) -> bool:
-        """End a request, at once or with the step that computes it.
+    def cancel(self, request: Request, ending: Literal["cancelled", "deadline", "shutdown"], now: float) -> bool:
+        """End a request between two steps. One that is cancelled while a step computes it is found out by the step.
 
         Returns:
-            False if there is no such unfinished request.
+            False if it has ended before.
         """
-        request = self.find(request_id)
-        if request is None:
+        assert self.in_flight is None, "a step is being computed"
+        if request.state == "finished":
             return False
-        plan = self.in_flight
-        if plan is not None and request in plan.requests:
-            request.ending = request.ending or ending
-        else:
-            self._finish(request, ending, now)
+        self._finish(request, ending, now)
         return True
-
-    def stops_inside(self, now: float) -> bool:
-        """Whether the step that is being computed is to be stopped in the middle of a ubatch, now that some of its
-        requests were cancelled: for the others to be run again. It stops after this ubatch in any case, unless it is to
-        be whole, or a batch of embeddings. One that nobody wants any more stops by itself.
-        """
-        plan = self.in_flight
-        if plan is None or plan.whole:
-            return False
-        gone = [request.ending is not None for request in plan.requests]
-        if all(gone) or not any(gone):
-            return False
-        return policy.stops_inside(self.pace, self._parts(plan), now - plan.began)
-
-    def _parts(self, plan: Plan) -> list[policy.Part]:
-        if not plan.embed:
-            rows = [(rows.count, rows.request.ending is not None) for rows in plan.rows]
-            return policy.parts_of(self.pace, self.limits.n_ubatch, rows, self.rules.by_sequence)
-        each = self.pace.embed_row_seconds or 0.0
-        total = sum(request.n_prompt for request in plan.embed)
-        gone = sum(request.n_prompt for request in plan.embed if request.ending is not None)
-        return [policy.Part(total * each, gone * each)]
-
-    def find(self, request_id: str) -> Request | None:
-        """The unfinished request of that name."""
-        request = self.queue.get(request_id)
-        if request is not None:
-            return request
-        for request in (*self.active.values(), *self.embedding):
-            if request.id == request_id:
-                return request
-        return None
-
-    def waiting(self) -> list[Request]:
-        """Requests that wait, the first in line first."""
-        return sorted(
-            self.queue.values(),
-            key=lambda request: (policy.place_of(self.limits, request.priority, request.submitted_at), request.number),
-        )
-
-    def abandon(self, error: Exception, now: float) -> None:
-        """End all requests with an error: there is nobody left to run the steps."""
-        self.in_flight = None
-        for request in (*self.queue.values(), *self.active.values(), *self.embedding):
-            self._finish(request, "error", now, error)
 
     def _enqueue(self, request: Request) -> None:
         request.state = "queued"
         place = policy.place_of(self.limits, request.priority, request.submitted_at)
         line = self._line if request.kind == "generation" else self._embed_line
         heapq.heappush(line, (place, request.number, request))
-        self.queue[request.id] = request
+        self.queue[request] = None
         self.changes.append(request)
 
     def _first(self, line: list[tuple[float, int, Request]]) -> Request | None:
         while line:
             request = line[0][2]
-            if self.queue.get(request.id) is request:
+            if request in self.queue:
                 return request
             heapq.heappop(line)
         return None
@@ -166,7 +110,7 @@ class Scheduler:
         """Takes those out of the lines who have left the queue, once they are the most."""
         for line in (self._line, self._embed_line):
             if len(line) > 2 * len(self.queue) + 64:
-                line[:] = [entry for entry in line if self.queue.get(entry[2].id) is entry[2]]
+                line[:] = [entry for entry in line if entry[2] in self.queue]
                 heapq.heapify(line)
 
     def _finish(self, request: Request, reason: FinishReason, now: float, error: Exception | None = None) -> None:
@@ -176,7 +120,8 @@ class Scheduler:
         request.finished_at = now
         request.waits_for_memory = False
         self._crowded = False
-        if self.queue.pop(request.id, None) is not None:
+        if request in self.queue:
+            del self.queue[request]
             self._shorten()
         elif request in self.embedding:
             self.embedding.remove(request)
@@ -210,9 +155,9 @@ class Scheduler:
                 break
             self._plan_rows(plan, now)
         plan.actions, self._actions = self._actions, []
-        if plan:
-            self.in_flight = plan
         plan.whole = any(policy.must_be_whole(rows.request.passed_over) for rows in plan.rows)
+        if plan:
+            self.in_flight = Flight(plan, self.pace.copy(), self.limits, self.rules)
         self._embedded_last = bool(plan.embed)
         return plan
 
@@ -224,7 +169,7 @@ class Scheduler:
             if plan.embed and (request.n_prompt > rows or request.suspect):
                 break
             heapq.heappop(self._embed_line)
-            del self.queue[request.id]
+            del self.queue[request]
             request.state = "prefill"
             if request.started_at is None:
                 request.started_at = now
@@ -306,7 +251,7 @@ class Scheduler:
             if self._is_on_its_way(request, reuse.length):
                 later.append(entry)
                 continue
-            del self.queue[request.id]
+            del self.queue[request]
             self._give_slot(request, reuse, now)
         for entry in later:
             heapq.heappush(self._line, entry)
@@ -464,9 +409,10 @@ class Scheduler:
 
     def commit(self, outcome: Outcome, now: float) -> None:
         """Take in what came of the plan."""
-        plan, self.in_flight = self.in_flight, None
-        assert plan is not None, "there is no plan to commit"
-        if outcome.fault is Fault.BROKEN:
+        flight, self.in_flight = self.in_flight, None
+        assert flight is not None, "there is no plan to commit"
+        plan = flight.plan
+        if outcome.fault in (Fault.BROKEN, Fault.UPSET):
             outcome.lost = [seq.id for seq in self.sequences]
         for seq_id in outcome.lost:
             self._lose(self.sequences[seq_id])
@@ -477,20 +423,20 @@ class Scheduler:
                 self._progress(rows, outcome, now)
             for request in plan.embed:
                 self._embedded(request, outcome, now)
-            self._observe(plan, outcome)
+            self._observe(flight, outcome)
         for request in plan.requests:
             if request.state == "finished":
                 continue
-            if request.id in outcome.failed:
-                self._finish(request, "error", now, outcome.failed[request.id])
-            elif request.id in outcome.cancelled:
-                self._finish(request, outcome.cancelled[request.id], now)
-            elif request.ending is not None:
-                self._finish(request, request.ending, now)
+            if request in outcome.failed:
+                self._finish(request, "error", now, outcome.failed[request])
+            elif request in outcome.cancelled:
+                self._finish(request, outcome.cancelled[request], now)
 
-    def _observe(self, plan: Plan, outcome: Outcome) -> None:
+    def _observe(self, flight: Flight, outcome: Outcome) -> None:
+        plan = flight.plan
         if outcome.aborted:
-            self.pace.observe_stop(max(policy.loss(self._parts(plan), outcome.seconds), 0.0))
+            gone = [request in outcome.cancelled for request in plan.requests]
+            self.pace.observe_stop(max(policy.loss(flight.parts(gone), outcome.seconds), 0.0))
         elif plan.embed:
             if len(outcome.embedded) == len(plan.embed):
                 self.pace.observe_embedding(sum(request.n_prompt for request in plan.embed), outcome.seconds)
@@ -514,7 +460,7 @@ class Scheduler:
         if request.checkpoints and request.checkpoints[-1] == held:
             self._keep_checkpoint(request, now)
         request.suspect = False
-        if request.ending is not None or request.id in outcome.cancelled or request.id in outcome.failed:
+        if request in outcome.cancelled or request in outcome.failed:
             return
         sampled = outcome.sampled.get(rows.slot)
         if sampled is None:
@@ -532,12 +478,12 @@ class Scheduler:
             self._finish(request, "length", now)
 
     def _embedded(self, request: Request, outcome: Outcome, now: float) -> None:
-        if request.ending is not None or request.id in outcome.cancelled:
+        if request in outcome.cancelled:
             return
-        if request.id in outcome.embedded:
+        if request in outcome.embedded:
             request.held = request.n_prompt
             self._finish(request, "stop", now)
-        elif request.id not in outcome.failed:
+        elif request not in outcome.failed:
             self.embedding.remove(request)
             self._enqueue(request)
 
@@ -554,19 +500,19 @@ class Scheduler:
         if outcome.fault is Fault.BROKEN:
             pass  # by a step before, for which somebody has answered
         elif outcome.fault is Fault.FULL and plan.rows:
-            self._full(requests, error, now)
+            self._full(requests, outcome, error, now)
         elif len(requests) == 1:
-            if requests[0].ending is None:
+            if requests[0] not in outcome.cancelled:
                 self._finish(requests[0], "error", now, error)
         else:
             for request in requests:
                 request.suspect = True
         for request in plan.embed:
-            if request in self.embedding and request.ending is None:
+            if request in self.embedding and request not in outcome.cancelled:
                 self.embedding.remove(request)
                 self._enqueue(request)
 
-    def _full(self, requests: list[Request], error: Exception, now: float) -> None:
+    def _full(self, requests: list[Request], outcome: Outcome, error: Exception, now: float) -> None:
         """There was no room where the cells that were counted promised some: in a sliding window, say."""
         self._crowded = True
         if self._evict():
@@ -574,7 +520,7 @@ class Scheduler:
                 pass
         elif len(self.active) == 1:
             for request in requests:
-                if request.ending is None:
+                if request not in outcome.cancelled:
                     self._finish(request, "error", now, error)
         else:
             self._preempt(self._last_in_line(), now)
