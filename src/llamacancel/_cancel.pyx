@@ -4,7 +4,9 @@ import enum
 import weakref
 
 cimport cython
-from cpython.exc cimport PyErr_CheckSignals, PyErr_WriteUnraisable
+from cpython.exc cimport (
+    PyErr_CheckSignals, PyErr_Clear, PyErr_ExceptionMatches, PyErr_SetInterrupt, PyErr_WriteUnraisable
+)
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport int64_t, uint64_t
 from libcpp.memory cimport shared_ptr
@@ -142,7 +144,10 @@ cdef void free_bell(Bell * bell) noexcept:
 
 cdef void call_and_report(object fn) noexcept:
     cdef PyObject * result = PyObject_CallNoArgs(fn)
-    if result == NULL:
+    if result == NULL and PyErr_ExceptionMatches(KeyboardInterrupt):
+        PyErr_Clear()
+        PyErr_SetInterrupt()  # for the main thread, as soon as it is out of here
+    elif result == NULL:
         PyErr_WriteUnraisable(fn)
     else:
         Py_DECREF(<object> result)
@@ -404,9 +409,10 @@ cdef class CancelToken:
         """Has `fn()` called once when the token is cancelled.
 
         It is called by the thread that cancels, or at a deadline by a daemon thread; at once, here, if the
-        token is cancelled already. What it raises goes to `sys.unraisablehook`. The function is released
-        after it has run. The token owns it: if the CancelToken dies, or is garbage with it, it is never
-        called, even if native work or a derived token goes on.
+        token is cancelled already. What it raises goes to `sys.unraisablehook`, but for a KeyboardInterrupt,
+        which the main thread gets as soon as it can, as with Ctrl-C. The function is released after it has
+        run. The token owns it: if the CancelToken dies, or is garbage with it, it is never called, even if
+        native work or a derived token goes on.
 
         In a forked child, callbacks wait for their deadline only from the first `add_callback()` there on.
 

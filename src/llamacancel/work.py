@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import functools
 import time
 from collections.abc import Callable
@@ -33,18 +32,8 @@ _called_at_once.cancel()
 
 
 def call(fn: Callable[..., object], *args: object) -> None:
-    """Calls somebody else's function; what it raises goes to `sys.unraisablehook`, as with any callback of a token.
-
-    A `KeyboardInterrupt` goes to the main thread, as Ctrl-C does.
-    """
-    _called_at_once.add_callback(functools.partial(_call, fn, args))
-
-
-def _call(fn: Callable[..., object], args: tuple[object, ...]) -> None:
-    try:
-        fn(*args)
-    except KeyboardInterrupt:
-        _thread.interrupt_main()
+    """Calls somebody else's function; what it raises goes where it goes with a callback of a token."""
+    _called_at_once.add_callback(functools.partial(fn, *args))
 
 
 class Registration:
@@ -164,9 +153,9 @@ class Work:
         """The callback of its token."""
         try:
             self.leave()
-        except KeyboardInterrupt:  # which would be lost here
+        except KeyboardInterrupt:
             self.leave()
-            _thread.interrupt_main()
+            raise
 
     def leave(self) -> None:
         """Its token was cancelled. One that never had a slot has ended with that; else the engine's thread ends it."""
@@ -182,6 +171,8 @@ class Work:
 
     def finish(self, reason: FinishReason, now: float, error: Exception | None = None) -> None:
         """It has ended so, unless it has already. `tell()` is to follow."""
+        if self.desk is not None:
+            self.desk.works.pop(self.request, None)
         if not self._end:
             end = End(reason, now, error)
             if reason in ("cancelled", "deadline", "shutdown"):
@@ -190,8 +181,6 @@ class Work:
                 end = End(reason, now, None, token.cause, token.reason or "", latency)
             if self._end.setdefault("end", end) is end and self.desk is not None:
                 self.desk.recent.append(self.view())
-        if self.desk is not None:
-            self.desk.works.pop(self.request, None)
         self.let_go()
 
     def let_go(self) -> None:

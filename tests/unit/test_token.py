@@ -520,7 +520,7 @@ def test_the_same_function_may_be_added_twice() -> None:
     assert calls == [1]
 
 
-@pytest.mark.parametrize("error", [ValueError("bad"), SystemExit(3), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [ValueError("bad"), SystemExit(3)])
 def test_what_a_callback_raises_is_reported_and_stops_nothing(error: BaseException, unraisable: Unraisable) -> None:
     def fail() -> None:
         raise error
@@ -538,6 +538,27 @@ def test_what_a_callback_raises_is_reported_and_stops_nothing(error: BaseExcepti
     assert unraisable.errors == [error, error, error]
     unraisable.errors.clear()
     error.__traceback__ = None
+
+
+def test_an_interrupt_in_a_callback_reaches_the_main_thread() -> None:
+    calls: list[str] = []
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    token = CancelToken()
+    token.add_callback(interrupted)
+    token.add_callback(lambda: calls.append("after"))
+
+    def cancel() -> None:
+        token.cancel()
+        for _ in range(1_000_000):  # until the interpreter looks for signals
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        cancel()
+    assert token.cancelled
+    assert calls in ([], ["after"]), "it may come before the next callback ends"
 
 
 def test_a_callback_must_be_callable() -> None:
