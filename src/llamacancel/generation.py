@@ -14,6 +14,7 @@ from ._context import Context
 from ._model import Model
 from ._sampler import Sampler
 from .handle import Handle
+from .outcome import for_a_reader
 from .scheduler import FinishReason, Request
 from .text import TextAssembler
 from .usage import Usage
@@ -140,7 +141,10 @@ class GenerationWork(Work):
 
     def finish(self, reason: FinishReason, now: float, error: Exception | None = None) -> None:
         if reason in ("stop", "length") and not self.ended:
-            self._give(*self.assembler.finish())
+            try:
+                self._give(*self.assembler.finish())
+            except BaseException as problem:
+                reason, error = "error", for_a_reader(problem)
         super().finish(reason, now, error)
 
     def let_go(self) -> None:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from ._cancel import Cause
-from .errors import DeadlineExceeded, DecodeCancelled, LoadCancelled, LoadDeadlineExceeded, SequenceOutcome
+from .errors import (
+    DeadlineExceeded,
+    DecodeCancelled,
+    LlamaCancelError,
+    LoadCancelled,
+    LoadDeadlineExceeded,
+    SequenceOutcome,
+)
 
-__all__ = ["cancelled_error"]
+__all__ = ["cancelled_error", "for_a_reader"]
 
 
 def cancelled_error(
@@ -36,3 +43,12 @@ def cancelled_error(
         rows_done=rows_done,
         repair_seconds=repair_seconds,
     )
+
+
+def for_a_reader(error: BaseException) -> Exception:
+    """What a reader is told. A `KeyboardInterrupt` or `SystemExit` that was raised here is none of his thread's."""
+    if isinstance(error, Exception):
+        return error
+    told = LlamaCancelError(f"the request failed: {type(error).__name__}: {error}")
+    told.__cause__ = error
+    return told

@@ -18,11 +18,11 @@ from .errors import (
     DecodeFailedError,
     DirtySequenceError,
     InvalidBatchError,
-    LlamaCancelError,
     MemoryFullError,
     SequenceOutcome,
 )
 from .generation import EmbeddingWork, GenerationWork
+from .outcome import for_a_reader
 from .scheduler import Clear, Copy, Cut, Fault, MemoryRules, Outcome, Plan, Request, Rows, Sampled
 from .scheduler.plan import Action
 from .work import ending_of
@@ -151,7 +151,7 @@ class Runner:
             self._memory.clear()
         except BaseException:
             self._renew()
-        return Outcome(fault=Fault.UPSET, error=_for_a_reader(error), cancelled=self._cancelled(plan))
+        return Outcome(fault=Fault.UPSET, error=for_a_reader(error), cancelled=self._cancelled(plan))
 
     def _cancelled(self, plan: Plan) -> dict[Request, Any]:
         return {each: ending_of(each.owner.token) for each in plan.requests if each.owner.token.cancelled}
@@ -283,7 +283,7 @@ class Runner:
             except DecodeCancelled:
                 outcome.cancelled[rows.request] = ending_of(work.token)
             except BaseException as error:
-                outcome.failed[rows.request] = _for_a_reader(error)
+                outcome.failed[rows.request] = for_a_reader(error)
 
     def _choose(self, due: list[tuple[Rows, int, GenerationWork]]) -> Sequence[int | Exception]:
         """The next token of each, or why there is none."""
@@ -292,7 +292,7 @@ class Runner:
             return choose_tokens(self.context, rows)
         except BaseException as error:
             if len(due) == 1:
-                return [_for_a_reader(error)]
+                return [for_a_reader(error)]
         return [token for each in due for token in self._choose([each])]
 
     # -- embeddings
@@ -304,7 +304,7 @@ class Runner:
         except BaseException as error:
             if str(error).startswith(_LOST):
                 raise
-            outcome.error, outcome.fault = _for_a_reader(error), Fault.FAILED
+            outcome.error, outcome.fault = for_a_reader(error), Fault.FAILED
             outcome.cancelled = self._cancelled(plan)
             embedder, self._embedder = self._embedder, None
             if embedder is not None:
@@ -339,15 +339,6 @@ class Runner:
                     work.vector = context.pooled_embeddings(seq)
                     outcome.embedded.append(request)
                 except BaseException as error:
-                    outcome.failed[request] = _for_a_reader(error)
+                    outcome.failed[request] = for_a_reader(error)
         if context.memory.kind != "none":
             context.memory.clear()
-
-
-def _for_a_reader(error: BaseException) -> Exception:
-    """What a reader is told. A `KeyboardInterrupt` or `SystemExit` that was raised here is none of his thread's."""
-    if isinstance(error, Exception):
-        return error
-    told = LlamaCancelError(f"the request failed: {type(error).__name__}: {error}")
-    told.__cause__ = error
-    return told

@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,12 @@ def ended(e: lc.Engine) -> list[tuple[str, str | None]]:
 
 def test_a_loop_that_is_left_cancels_its_generation_and_says_so() -> None:
     with engine(slots=1) as e:
-        with pytest.warns(ResourceWarning, match="nobody waits for <Generation a"):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             for _ in e.submit(ids(5), sampler=endless(), request_id="a"):
                 break
+        assert [each.category for each in told] == [ResourceWarning]
+        assert "nobody waits for <Generation a" in str(told[0].message)
         assert ended(e) == [("a", "cancelled")]
 
 
