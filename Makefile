@@ -20,7 +20,7 @@ export PIP_FIND_LINKS := $(abspath $(WHEELHOUSE))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native bench gpu-check vulkan-check gpu-wheelhouse build lint clean
+.PHONY: help demo test test-native soak bench gpu-check vulkan-check gpu-wheelhouse build lint clean
 
 help:           ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -33,6 +33,9 @@ test: build test-native  ## set everything up and run all tests
 
 test-native:    ## test the cancel core alone: plain, under ASan and UBSan, under TSan
 	tests/native/run.sh
+
+soak: build     ## random schedules with cancels against a twin, to the bit: SECONDS=600 long, or CANCELS=100000 a memory kind
+	$(PY) -m tests.laws.schedules $(if $(SECONDS),--seconds $(SECONDS)) $(if $(CANCELS),--cancels $(CANCELS)) $(SOAK_ARGS)
 
 bench: build    ## measure; the report and the plot go to benchmarks/results
 	$(PY) -m benchmarks $(BENCH_ARGS)

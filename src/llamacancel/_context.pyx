@@ -387,7 +387,8 @@ cdef class Context:
         """The logits of an output row, float32 of shape (n_vocab,).
 
         Args:
-            i: The row of the last batch, or negative from the last output.
+            i: The row of the last batch, or negative from the last output. Rows that were cancelled, in a batch
+                that others shared, do not count.
 
         Raises:
             IndexError: If the row has no logits.
@@ -407,14 +408,16 @@ cdef class Context:
         if slot >= 0:
             data = outputs.logits(slot)
         if data == NULL:
-            raise IndexError(f"row {i} of the last batch has no logits: ask for them when the row is added")
+            raise IndexError(f"row {i} of the last batch has no logits: "
+                             + ("it was cancelled" if slot == CANCELLED else "ask for them when the row is added"))
         return data
 
     def embeddings(self, i=-1):
         """The embedding of an output row, float32 of shape (n_embd,). The context has `embeddings=True`, no pooling.
 
         Args:
-            i: The row of the last batch, or negative from the last output.
+            i: The row of the last batch, or negative from the last output. Rows that were cancelled, in a batch
+                that others shared, do not count.
 
         Raises:
             IndexError: If the row has no embedding.
@@ -428,7 +431,8 @@ cdef class Context:
                 data = self.box.get().outputs().embeddings(slot)
             if data == NULL:
                 raise IndexError(f"row {i} of the last batch has no embedding"
-                                 + (": they were pooled, see pooled_embeddings()" if self.box.get().pooled() else ""))
+                                 + (": it was cancelled" if slot == CANCELLED else
+                                    ": they were pooled, see pooled_embeddings()" if self.box.get().pooled() else ""))
             return _copy_of(data, self.box.get().outputs().n_embd)
         finally:
             self.box.get().release()

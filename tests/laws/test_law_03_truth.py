@@ -220,6 +220,27 @@ def test_a_shared_call_that_went_on_says_who_was_dropped_and_where(arch: str, pa
         context.logits(19)
 
 
+@pytest.mark.parametrize("on_cancel", ["rollback", "keep"])
+def test_a_row_that_the_context_does_not_hold_is_no_output(on_cancel: Any, pair: Pair) -> None:
+    context, twin = pair("llama")
+    rows = batch((tokens(6, 1), 0, 0), (tokens(12, 2), 0, 1))
+    whole = readings_of(lambda: twin.decode(rows, {1: far()}))
+    twin.memory.clear()
+    token = far()
+    with deadline_at(whole // 2):
+        told = context.decode(rows, {1: token}, on_cancel=on_cancel)
+    assert told.survivors == [0]
+    done = [*range(6), *range(6, 6 + told.sequences[1].end)]
+    assert len(done) < len(rows)
+    for row in range(done[-1] + 1, len(rows)):
+        with pytest.raises(IndexError, match="cancelled"):
+            context.logits(row)
+    assert same_bits(context.logits(-1), context.logits(done[-1]))
+    assert same_bits(context.logits(-len(done)), context.logits(0))
+    with pytest.raises(IndexError):
+        context.logits(-len(done) - 1)
+
+
 def test_a_shared_call_that_is_stopped_names_the_survivors(new_context: NewContext) -> None:
     context = new_context("llama", n_ubatch=8, n_seq_max=3)
     rows = batch((tokens(20), 0, 0), (tokens(20), 0, 1), (tokens(20), 0, 2))

@@ -325,9 +325,10 @@ def test_a_sequence_that_begins_after_a_cancel_begins_with_nothing(
     context, twin = pair(arch)
     for each in (context, twin):
         _zeroed(each)
-    rows, fresh = batch((tokens(8, 5), 0, 2)), batch((tokens(6, 6), 0, 2))
+    rows, fresh = batch((tokens(8, 5), 0, 2)), batch((tokens(1, 6), 0, 2))
     cancelled_at(context, rows, readings(arch, rows, _zeroed, on_cancel=on_cancel) // 2, on_cancel=on_cancel)
     assert same_bits(decode(context, fresh), decode(twin, fresh))
+    assert context.state.save(2) == twin.state.save(2), "a zero has another sign"
     assert same_bits(one_more(context), one_more(twin))
 
 

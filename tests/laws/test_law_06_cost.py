@@ -53,6 +53,16 @@ def test_keep_costs_no_bits(arch: str, new_context: NewContext) -> None:
         assert same_bits(decode(one, rows, lc.CancelToken(), on_cancel="keep"), decode(two, rows))
 
 
+@pytest.mark.parametrize("arch", ["swa", "mamba", "hybrid"])
+def test_what_a_single_token_overwrites_is_copied_once_whatever_is_kept(arch: str, new_context: NewContext) -> None:
+    saved = []
+    for on_cancel in ("rollback", "keep"):
+        context = new_context(arch, n_ctx=512, n_ubatch=64, n_seq_max=1)
+        context.decode(batch((tokens(400), 0, 0)), on_cancel=on_cancel)
+        saved.append(context.decode(batch(([500], 400, 0)), on_cancel=on_cancel).snapshot_bytes)
+    assert saved[0] == saved[1] > 0
+
+
 # ---- the GIL ---------------------------------------------------------------------------------------------------
 
 

@@ -87,6 +87,8 @@ cdef extern from "outputs.hpp" namespace "llamacancel" nogil:
         int32_t n_embd
         cppmap[int32_t, vector[float]] pooled
 
+    const int32_t CANCELLED "llamacancel::Outputs::kCancelled"
+
 
 ctypedef bool (*ProgressCallback)(float, void *) noexcept nogil
 

@@ -157,6 +157,7 @@ public:
         }
         report_.seconds = seconds_since(start);
         describe();
+        box_.journal_.end();
         return std::move(report_);
     }
 
@@ -367,6 +368,18 @@ private:
     }
 
     void adopt_outputs() {
+        for (int32_t row = 0; row < batch_.n_rows; ++row) {
+            const bool gone = std::all_of(batch_.seqs_begin(row), batch_.seqs_end(row),
+                                          [&](llama_seq_id seq) { return sequences_.at(seq).rolled_back; });
+            if (is_output(row) && (gone || outputs_.row_slot[row] < 0)) {
+                outputs_.row_slot[row] = Outputs::kCancelled;
+            }
+        }
+        for (const auto & [seq, sequence] : sequences_) {
+            if (sequence.rolled_back) {
+                outputs_.pooled.erase(seq);
+            }
+        }
         outputs_.finish();
         box_.outputs_ = std::move(outputs_);
     }

@@ -63,9 +63,15 @@ public:
 
     void begin();
 
+    // Lets go of what was saved; with `all`, also of the memory that a recurrent state's copy lay in.
+    void forget(bool all);
+
     // Saves what `ubatch` will overwrite and was not saved since begin(), with the threads that will compute it. False if
     // there is no slot for it.
     bool save(const llama_ubatch & ubatch, int n_threads);
+
+    // Has the sequences that begin with the ubatch begin with zeros; after save().
+    void clear_zero();
 
     // Saves all that a sequence holds, before it is replaced as a whole; restore() puts it back. `poll` is called
     // between cells, and may throw.
@@ -92,8 +98,9 @@ class Journal {
 public:
     explicit Journal(const Memory & memory) : memory_(memory), origin_(memory), latest_(memory) {}
 
-    // `keep`: rollback_last() will be asked for; costs a second copy of what each ubatch overwrites.
+    // `keep`: rollback_last() may be asked for; costs a second copy of what each ubatch but the first overwrites.
     void begin(std::vector<llama_seq_id> seqs, bool keep);
+    void end();  // the call will not be rolled back any more
     bool before(const llama_ubatch & ubatch, int n_threads);
 
     // Each returns the sequences that it could not repair. What it did was looked at afterwards.
@@ -123,6 +130,7 @@ private:
     Undo origin_;
     Undo latest_;
     bool keep_ = false;
+    uint32_t n_ubatches_ = 0;  // begun; to go back before the first is to go back to the start
     std::vector<llama_seq_id> seqs_;
     std::vector<Held> held_at_start_, held_;      // what the sequences held, to compare after a repair
     std::vector<uint32_t> used_at_start_, used_;  // used cells of each cache

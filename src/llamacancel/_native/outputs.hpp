@@ -13,13 +13,16 @@
 namespace llamacancel {
 
 struct Outputs {
-    // Index of an output: the row of the batch, or negative from the last output. -1 if there is none.
+    static constexpr int32_t kNone = -1;       // no output was asked for
+    static constexpr int32_t kCancelled = -2;  // the row was not computed, or rolled back with its sequences
+
+    // Index of an output: the row of the batch, or negative from the last output. kNone or kCancelled if there is none.
     int32_t slot(int32_t i) const noexcept {
         const int32_t n = static_cast<int32_t>(rows.size());
         if (i < 0) {
-            return i >= -n ? row_slot[rows[n + i]] : -1;
+            return i >= -n ? row_slot[rows[n + i]] : kNone;
         }
-        return i < static_cast<int32_t>(row_slot.size()) ? row_slot[i] : -1;
+        return i < static_cast<int32_t>(row_slot.size()) ? row_slot[i] : kNone;
     }
 
     const float * logits(int32_t slot) const noexcept {
@@ -34,21 +37,26 @@ struct Outputs {
     // Copies what still lies in llama.cpp's buffer.
     void own() {
         if (borrowed) {
-            own_logits.assign(borrowed, borrowed + rows.size() * n_vocab);
+            own_logits.assign(borrowed, borrowed + size_t(n_slots) * n_vocab);
             borrowed = nullptr;
         }
     }
 
     void add(int32_t row) {
-        row_slot[row] = static_cast<int32_t>(rows.size());
+        row_slot[row] = n_slots++;
         rows.push_back(row);
     }
 
-    // Rows come in the order in which they were computed; indices count in the order of the batch.
-    void finish() { std::sort(rows.begin(), rows.end()); }
+    // Rows come in the order in which they were computed; indices count in the order of the batch. Those that were
+    // cancelled do not count.
+    void finish() {
+        rows.erase(std::remove_if(rows.begin(), rows.end(), [&](int32_t row) { return row_slot[row] < 0; }), rows.end());
+        std::sort(rows.begin(), rows.end());
+    }
 
-    std::vector<int32_t> row_slot;  // of each row of the batch: its place among the outputs, or -1
+    std::vector<int32_t> row_slot;  // of each row of the batch: its place among what was computed, or kNone, kCancelled
     std::vector<int32_t> rows;      // that have outputs
+    int32_t n_slots = 0;            // that were computed
     int32_t n_vocab = 0;
     int32_t n_embd = 0;
     const float * borrowed = nullptr;  // llama.cpp's buffer; valid until it computes outputs again
