@@ -7,6 +7,7 @@ from ._lib.token cimport Verdict
 cdef class Interrupt:
     cdef object error        # what a signal handler raised in the middle of the call; None if none did
     cdef bint armed          # on the main thread: the wakeup fd is ours for the life of this object
+    cdef int pid             # the process whose wakeup fd it is
     cdef int previous_fd     # whose it was before
     cdef bytes received      # signal numbers to pass on to it, if there were any
 

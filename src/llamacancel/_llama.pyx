@@ -18,7 +18,7 @@ from cpython.ref cimport Py_DECREF, PyObject
 from libcpp cimport bool as cbool
 from posix.unistd cimport getpid, read, write
 
-from ._lib.box cimport LogLine, Status, after_fork_in_child, begin_exit, initialize, next_log_line, serve_rpc
+from ._lib.box cimport LogLine, Status, after_fork_in_child, begin_exit, initialize, next_log_line, parked, serve_rpc
 from ._lib.llama cimport *
 from ._lib.token cimport now_ns
 
@@ -66,6 +66,11 @@ def _exit():
     with nogil:
         begin_exit(10.0)
     drain_log()
+
+
+def _is_parked(ident):
+    """Whether a thread was stopped for good in a native call, because the interpreter exits: it never ends."""
+    return parked(<unsigned long> ident)
 
 
 def build_info():
@@ -124,14 +129,22 @@ cdef int _wakeup_write = -1  # writes to it, so that a signal is known of withou
 cdef object _set_wakeup_fd = signal.set_wakeup_fd
 
 
+cdef int _foreign_wakeup = -1  # whose wakeup fd ours has replaced, while it has; -1 for nobody's
+
+
 def _after_fork_in_child():
     global _main_thread, _wakeup_read, _wakeup_write
     after_fork_in_child()
     _main_thread = threading.main_thread().ident
     if _wakeup_read >= 0:  # shared with the parent
+        current = _set_wakeup_fd(-1)
+        if current == _wakeup_write:  # a call was under way: the child must not write to whatever gets this number
+            current = _foreign_wakeup
         os.close(_wakeup_read)
         os.close(_wakeup_write)
         _wakeup_read = _wakeup_write = -1
+        if current >= 0:
+            _set_wakeup_fd(current)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -142,18 +155,21 @@ cdef class Interrupt:
     """Runs Python's signal handlers in the middle of a native call, and keeps what one of them raised."""
 
     cdef int arm(self) except -1:
-        global _wakeup_read, _wakeup_write
+        global _wakeup_read, _wakeup_write, _foreign_wakeup
         if _wakeup_read < 0:
             reader, writer = os.pipe()
             os.set_blocking(reader, False)
             os.set_blocking(writer, False)
             _wakeup_read, _wakeup_write = reader, writer
         self.previous_fd = _set_wakeup_fd(_wakeup_write)
+        if self.previous_fd != _wakeup_write:
+            _foreign_wakeup = self.previous_fd
+        self.pid = getpid()
         self.armed = True
         return 0
 
     def __dealloc__(self):
-        if self.armed:
+        if self.armed and self.pid == getpid():  # a forked child has got back whose it was before
             self.collect()
             _set_wakeup_fd(self.previous_fd)
             if self.received is not None and self.previous_fd >= 0 and self.previous_fd != _wakeup_write:

@@ -37,24 +37,37 @@ cdef class Memory:
     def __cinit__(self, Context context not None):
         self.context = context
 
-    cdef ContextBox * _enter(self, str what) except NULL:
-        self.context._acquire(NULL, None, what)
+    cdef ContextBox * _enter(self, str what, token=None, Call * call=NULL, Interrupt interrupt=None) except NULL:
+        if token is None:
+            call = NULL  # it does not wait
+        self.context._acquire(call, interrupt, what)
         cdef ContextBox * box = self.context.box.get()
         if box.memory().memory == NULL:
             box.release()
             raise ContextError("the model is an encoder: its contexts have no memory")
         return box
 
-    def clear(self):
-        """Forget all sequences."""
+    def clear(self, token=None):
+        """Forget all sequences. Costs what the cache held since it was last cleared, which is zeroed.
+
+        Raises:
+            DecodeCancelled: If `token` was cancelled first; nothing was changed. A cancel that comes later leaves part of
+                the zeroing to the next `clear`.
+        """
         cdef string problem
         cdef Status status
-        box = self._enter("clear")
+        cdef Call call = Call(state_of(token))
+        cdef Interrupt interrupt = watch_signals(call)
+        box = self._enter("clear", token, &call, interrupt)
         try:
             with nogil:
-                status = box.clear(problem)
+                status = box.clear(call, problem)
         finally:
             box.release()
+        if status == Status.Cancelled:
+            raise_cancelled("clear", call, interrupt)
+        if interrupt.error is not None:
+            raise interrupt.error
         if status != Status.Done:
             raise_status(status, "clear", problem)
 
@@ -77,10 +90,13 @@ cdef class Memory:
         finally:
             box.release()
 
-    def copy(self, src, dst, p0=0, p1=-1):
+    def copy(self, src, dst, p0=0, p1=-1, token=None):
         """Give sequence `dst` the positions p0 to p1 of `src` (negative: the end), without computing them again.
 
+        Costs nothing where they share a cache, and a copy of what `src` holds where each has its own.
+
         Raises:
+            DecodeCancelled: If `token` was cancelled first; nothing was changed.
             ValueError: If this memory cannot share that part, or `dst` holds other positions.
             DirtySequenceError: If `src` or `dst` is dirty.
         """
@@ -89,15 +105,19 @@ cdef class Memory:
         cdef llama_pos first = _params.integer("p0", p0, -2**31, 2**31 - 1)
         cdef llama_pos last = _params.integer("p1", p1, -2**31, 2**31 - 1)
         cdef llama_seq_id source = self.context._check_seq(src), target = self.context._check_seq(dst)
-        box = self._enter("copy")
+        cdef Call call = Call(state_of(token))
+        cdef Interrupt interrupt = watch_signals(call)
+        box = self._enter("copy", token, &call, interrupt)
         try:
             dirty = [seq for seq in (source, target) if box.dirty().count(seq)]
             if dirty:
                 self.context._raise_dirty(dirty)
             with nogil:
-                status = box.copy(source, target, first, last, problem)
+                status = box.copy(source, target, first, last, call, problem)
         finally:
             box.release()
+        if status == Status.Cancelled:
+            raise_cancelled("copy", call, interrupt)
         if status != Status.Done:
             raise_status(status, "copy", problem)
 
@@ -245,6 +265,8 @@ cdef class State:
         try:
             with nogil:
                 status = box.load_state(seq, begin, n, call, message)
+                if status != Status.Done:
+                    box.wrote_everywhere()
         finally:
             box.release()
         drain_log()

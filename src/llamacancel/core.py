@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from ._cancel import CancelToken, Cause
+from ._llama import _is_parked
 from .desk import Desk
 from .errors import ClosedError
 from .runner import Runner
@@ -168,9 +169,14 @@ class Core:
         self.desk.token.cancel("the engine closes", cause=Cause.SHUTDOWN)
 
     def join(self, timeout: float | None) -> bool:
-        """Wait for the thread's end; True if it has come."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        """Wait for the thread's end; True if it has come, or if the exit has stopped it for good."""
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while self._thread.is_alive() and not _is_parked(self._thread.ident or 0):
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            self._thread.join(min(left, 0.1))
+        return True
 
     @property
     def stopped(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from llamacancel.make_model import find_vocab, make_lora
 from tests.conftest import GENERATIVE, TEXT
 from tests.device import CONTEXT, load
 
-from .clock import NEVER, Clock, Flight, deadline_at, in_the_middle, readings_of
+from .clock import NEVER, Clock, Flight, deadline_at, in_the_middle, readings_of, wait_for
 from .words import (
     ModelPath,
     NewContext,
@@ -396,6 +397,48 @@ def test_with_a_token_a_call_waits_for_its_turn(
     assert decoding.lands().rows_done == 1
     assert saved == context.state.save(1)
     assert holds(context)[0][1] == 60
+
+
+def test_those_who_wait_have_their_turns_in_the_order_in_which_they_came(new_context: NewContext) -> None:
+    context = new_context("llama", n_ubatch=8)
+
+    def twice() -> int:
+        context.decode(batch((tokens(60), 0, 0), logits="last"), far())
+        return context.decode(batch(([1], 64, 0)), far()).rows_done  # comes when the others wait
+
+    flight = Flight(twice)
+    waiting = []
+    for pos in range(60, 64):  # each position follows on the one before: any other order is refused
+        rows = batch(([1], pos, 0))
+        waiting.append(Flight(lambda rows=rows: context.decode(rows, far()).rows_done, at=NEVER))
+        waiting[-1].waits()
+    assert [flight.lands(), *(each.lands() for each in waiting)] == [1] * 5
+
+
+def test_a_signal_handler_goes_before_the_call_that_it_interrupts_in_its_waiting(new_context: NewContext) -> None:
+    context = new_context("llama", n_ubatch=8)
+    flight = Flight(lambda: context.decode(batch((tokens(60), 0, 0), logits="last"), far()))
+    done = []
+
+    def handler(*_: object) -> None:
+        flight.clock.go_on()
+        done.append(context.decode(batch(([1], 60, 0)), far()).rows_done)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    main = threading.main_thread().ident
+    assert main is not None
+    try:
+        with Clock() as clock:
+            def press() -> None:
+                wait_for(lambda: clock.readings > 4, "the call to wait")
+                signal.pthread_kill(main, signal.SIGUSR1)
+
+            with threads(press):
+                done.append(context.decode(batch(([1], 61, 0)), far()).rows_done)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert done == [1, 1]
+    flight.lands()
 
 
 def test_a_call_that_is_cancelled_while_it_waits_tells_of_its_sequences(

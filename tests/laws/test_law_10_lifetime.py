@@ -321,6 +321,46 @@ def test_an_exit_in_the_middle_of_a_decode_is_silent(arch: str, daemon: str, end
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
+def test_a_hook_that_runs_late_still_uses_a_context_whose_thread_was_stopped() -> None:
+    Clock()  # skips the test where there is none
+    late = """
+import atexit
+here = {}
+def bye():
+    context = here["context"]
+    print(context.memory.pos_max(0))
+    print(context.decode(batch(([1], 0, 1)), far()).rows_done, len(context.state.save(1)) > 0)
+    context.close()
+    print("closed", flush=True)
+atexit.register(bye)  # before the import: it runs after llamacancel's own
+"""
+    exit_ = EXIT.replace("n_ubatch=8,", "n_ubatch=8, n_seq_max=2,") + "here['context'] = context"
+    ran = run_python(late + exit_, args=["llama", "daemon"])
+    assert (ran.returncode, ran.stdout.split(), ran.stderr) == (0, ["-1", "1", "True", "closed"], "")
+
+
+@pytest.mark.parametrize("streams", [True, False], ids=["a thread at work", "an idle thread"])
+def test_a_hook_that_runs_late_closes_an_engine(streams: bool) -> None:
+    ran = run_python(f"""
+import atexit
+state = {{}}
+def bye():
+    state["engine"].close(timeout=1.0)
+    print("closed", flush=True)
+atexit.register(bye)
+import llamacancel as lc
+from llamacancel.make_model import cached_model
+model = lc.Model.load(cached_model("llama", "tiny"))
+state["engine"] = engine = lc.Engine(model, n_threads=1, slots=1)
+generation = engine.submit([400], sampler=lc.Sampler(temperature=0, logit_bias={{2: -1000.0}}))
+next(generation)
+if not {streams}:
+    generation.cancel()
+    generation.wait()
+""")
+    assert (ran.returncode, ran.stdout) == (0, "closed\n"), ran.stderr
+
+
 def test_an_exit_with_everything_open_crashes_nothing() -> None:
     ran = run_python(f"""
 import warnings
@@ -454,6 +494,43 @@ context.close(); model.close()
 print(status, "at once" if waited < 9 else waited)  # an exit waits 10 s for calls in flight
 """)
     assert (ran.returncode, ran.stdout.split("\n")[:2]) == (0, ["True True", "0 at once"]), ran.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("own", [True, False], ids=["a wakeup fd of the application's", "none"])
+def test_a_child_forked_in_the_middle_of_a_call_has_the_wakeup_fd_from_before_it(own: bool) -> None:
+    Clock()  # skips the test where there is none
+    ran = run_python(f"""
+import os, signal, socket, threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import llamacancel as lc
+from llamacancel.make_model import cached_model
+from tests.device import *
+from tests.laws.clock import *
+from tests.laws.words import *
+model = load(cached_model("llama", "tiny"))
+context = model.context(n_ctx=1024, n_ubatch=8, n_threads=1, **CONTEXT)
+near, far_end = socket.socketpair()
+far_end.setblocking(False)
+mine = far_end.fileno() if {own} else -1
+signal.set_wakeup_fd(mine)
+told = []
+def fork(clock):
+    wait_for(lambda: clock.stopped, "the call's middle")
+    child = os.fork()
+    if not child:
+        os._exit(0 if signal.set_wakeup_fd(-1) == mine else 1)
+    told.append(os.waitpid(child, 0)[1])
+    clock.go_on()
+with Clock(stop_at=40) as clock:
+    thread = threading.Thread(target=fork, args=(clock,))
+    thread.start()
+    context.decode(batch((tokens(60), 0, 0)), far())
+thread.join()
+print(told, signal.set_wakeup_fd(-1) == mine)
+context.close(); model.close()
+""")
+    assert (ran.returncode, ran.stdout) == (0, "[0] True\n"), ran.stderr
 
 
 def test_a_call_without_memory_for_its_outputs_leaves_the_context_as_it_was() -> None:

@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "handle": {"scheduler", "usage", "views", "work", *CORE},
     "generation": {"scheduler", "text", "usage", "work", "handle", *NATIVE_CORE},
     "runner": {"scheduler", "work", "generation", *NATIVE_CORE},
-    "core": {"scheduler", "views", "work", "desk", "runner", *CORE},
+    "core": {"scheduler", "views", "work", "desk", "runner", "_llama", *CORE},
     "engine": ENGINE,
     "aio": {"engine", *ENGINE},
     "server": {"__init__", "server", "aio", "engine", "make_model", "_arguments", *ENGINE},

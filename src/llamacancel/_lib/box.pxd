@@ -174,9 +174,10 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         DecodeReport encode(const BatchView & batch, Call & call) except +
         int32_t decode_bare(const BatchView & batch) except +
         bool remove(llama_seq_id seq, llama_pos p0, llama_pos p1) except +
-        Status copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1, string & message) except +
+        Status copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1, Call & call, string & message) except +
         void keep(llama_seq_id seq) except +
-        Status clear(string & message) except +
+        Status clear(Call & call, string & message) except +
+        void wrote_everywhere() noexcept
         string description() except +
         Status save_state(llama_seq_id seq, Call & call, vector[uint8_t] & bytes, string & message) except +
         Status load_state(llama_seq_id seq, const uint8_t * bytes, size_t size, Call & call, string & message) except +
@@ -193,6 +194,7 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
 cdef extern from "guard.hpp" namespace "llamacancel" nogil:
     void initialize() except +
     void begin_exit(double most_seconds) noexcept
+    bool parked(unsigned long thread) noexcept
     void after_fork_in_child() except +
     struct LogLine:
         int level

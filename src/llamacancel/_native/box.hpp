@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -22,6 +23,7 @@
 #include "memory.hpp"
 #include "outputs.hpp"
 #include "rpc.hpp"
+#include "written.hpp"
 
 namespace llamacancel {
 
@@ -134,9 +136,10 @@ public:
     ContextBox(const ContextBox &) = delete;
     ContextBox & operator=(const ContextBox &) = delete;
 
-    // One call at a time. With a call that can be cancelled, waits for its turn until then; else
-    // Status::Busy at once. A thread that holds the context already gets Busy, too. After Status::Done
-    // the caller owes a release().
+    // One call at a time. With a call that can be cancelled, waits for its turn until then, in the order in which the
+    // calls came; else Status::Busy at once. A thread that holds the context already gets Busy, too. Without a call it is
+    // for a moment only, and takes a context that is free before those who wait. After Status::Done the caller owes a
+    // release().
     Status acquire(Call * call);
     void release() noexcept;
 
@@ -156,9 +159,14 @@ public:
     int32_t decode_bare(const BatchView & batch);  // llama_decode() itself, for comparison
 
     bool remove(llama_seq_id seq, llama_pos p0, llama_pos p1);
-    Status copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1, std::string & message);
+    // A copy that is cancelled leaves `to` as it was.
+    Status copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1, Call & call, std::string & message);
     void keep(llama_seq_id seq);
-    Status clear(std::string & message);
+    // Forgets all sequences, and zeroes what they held; a call that is cancelled meanwhile leaves the rest to the next.
+    Status clear(Call & call, std::string & message);
+
+    // After a state was loaded in part: the next clear() has to zero all.
+    void wrote_everywhere() noexcept { written_.everywhere(); }
 
     // The state of one sequence as bytes, and back; polls `call` between tensors. A load that fails or is
     // cancelled leaves the sequence as it was.
@@ -203,14 +211,20 @@ private:
     const ggml_type type_k_, type_v_;
     const Memory memory_;
     Journal journal_;
+    Written written_;
     Outputs outputs_;
     int32_t reserved_outputs_ = 0;  // for which llama.cpp's buffer has room
     std::set<llama_seq_id> dirty_;
     bool encoded_ = false;  // an encoder's output is there for the decoder
     std::string broken_;    // the assertion of llama.cpp's that failed in here; "" if none did
 
+    struct Waiter {
+        const std::thread::id thread;
+        std::condition_variable turn;
+    };
+
     std::mutex use_mutex_;
-    std::condition_variable free_;
+    std::list<Waiter *> line_;  // who waits, in order
     std::thread::id user_;
 };
 

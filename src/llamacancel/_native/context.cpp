@@ -54,7 +54,8 @@ ContextBox::ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, con
       type_k_(params.type_k),
       type_v_(params.type_v),
       memory_(llama_get_memory(ctx), output_all_),
-      journal_(memory_) {
+      journal_(memory_),
+      written_(memory_) {
     llama_set_abort_callback(
         ctx_, [](void * slot) { return CallSlot::trampoline(slot) || exiting(); }, &slot_);
 }
@@ -62,6 +63,7 @@ ContextBox::ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, con
 ContextBox::~ContextBox() { llama_free(ctx_); }
 
 void ContextBox::stop_between([[maybe_unused]] uint32_t n_pieces) {
+    written_.look(cut_.n_ubatch);
 #ifdef LLAMACANCEL_PATCHED
     ctx_->n_abort_pieces = static_cast<int>(n_pieces);
     if (cut_.n_pieces > 0 && ctx_->get_sched()) {  // a test: the CPU must not look inside a piece
@@ -103,31 +105,52 @@ bool ContextBox::pooled() const noexcept { return output_all_ && llama_pooling_t
 Status ContextBox::acquire(Call * call) {
     const std::thread::id me = std::this_thread::get_id();
     std::unique_lock<std::mutex> lock(use_mutex_);
-    while (user_ != std::thread::id()) {
+    const auto is_free = [&] {
+        if (user_ != std::thread::id() && parked(user_)) {
+            user_ = std::thread::id();  // the interpreter exits, and that thread uses nothing any more
+        }
+        return user_ == std::thread::id();
+    };
+    // A signal handler runs on a thread that waits itself: its call goes first, or each would wait for the other.
+    const auto place =
+        std::find_if(line_.begin(), line_.end(), [&](const Waiter * waiter) { return waiter->thread == me; });
+    if (!is_free() || (call && place != line_.begin())) {
         if (!call || call->watches().empty() || user_ == me) {
             return Status::Busy;
         }
-        // Unlocked: on the main thread the call may want the GIL, which another thread may hold in release().
-        lock.unlock();
-        const bool stop = call->should_stop();
-        lock.lock();
-        if (stop) {
-            return Status::Cancelled;
+        Waiter waiter{me, {}};
+        const auto self = line_.insert(place, &waiter);
+        bool stop = false;
+        while (!stop && (!is_free() || line_.front() != &waiter)) {
+            // Unlocked: on the main thread the call may want the GIL, which another thread may hold in release().
+            lock.unlock();
+            stop = call->should_stop();
+            lock.lock();
+            if (!stop && (!is_free() || line_.front() != &waiter)) {
+                waiter.turn.wait_for(lock, std::chrono::milliseconds(2));
+            }
         }
-        if (user_ != std::thread::id()) {
-            free_.wait_for(lock, std::chrono::milliseconds(2));
+        line_.erase(self);
+        if (stop) {
+            if (is_free() && !line_.empty()) {
+                line_.front()->turn.notify_one();
+            }
+            return Status::Cancelled;
         }
     }
     user_ = me;
+    if (call) {
+        written_.look();
+    }
     return Status::Done;
 }
 
 void ContextBox::release() noexcept {
-    {
-        std::lock_guard<std::mutex> lock(use_mutex_);
-        user_ = std::thread::id();
+    std::lock_guard<std::mutex> lock(use_mutex_);
+    user_ = std::thread::id();
+    if (!line_.empty()) {
+        line_.front()->turn.notify_one();  // locked: it lies on the stack of a thread that may leave
     }
-    free_.notify_one();
 }
 
 // ---- checks ----------------------------------------------------------------------------------------------
@@ -350,6 +373,7 @@ bool ContextBox::remove(llama_seq_id seq, llama_pos p0, llama_pos p1) {
     if (!whole && memory_.recurrent && p0 <= last && p1 >= 0 && p0 < p1) {
         return false;
     }
+    written_.look();
     if (!memory_.memory->seq_rm(seq, whole ? -1 : p0, whole ? -1 : p1)) {
         return false;
     }
@@ -359,7 +383,8 @@ bool ContextBox::remove(llama_seq_id seq, llama_pos p0, llama_pos p1) {
     return true;
 }
 
-Status ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1, std::string & message) {
+Status ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1, Call & call,
+                        std::string & message) {
     const InFlight in_flight;
     const auto refused = [&](std::string why) {
         message = std::move(why);
@@ -390,12 +415,22 @@ Status ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_
     }
     try {
         AssertionGuard guard;
-        memory_.memory->seq_cp(from, to, whole ? -1 : p0, whole ? -1 : p1);
         if (streams) {
-            ctx_->memory_update(false);  // copies now, not in the next decode, which could be cancelled in it
+            llama_synchronize(ctx_);
+            copy_streams(memory_, from, to, [&] {
+                if (call.should_stop() || exiting()) {
+                    throw Stopped{};
+                }
+            });
+        } else {
+            memory_.memory->seq_cp(from, to, whole ? -1 : p0, whole ? -1 : p1);
         }
         confirm();
         return Status::Done;
+    } catch (const Stopped &) {
+        written_.look();
+        memory_.memory->seq_rm(to, -1, -1);
+        return Status::Cancelled;
     } catch (const AssertionFailed & error) {
         broken_ = error.what();
         message = explain(error);
@@ -406,10 +441,11 @@ Status ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_
 
 void ContextBox::keep(llama_seq_id seq) {
     const InFlight in_flight;
+    written_.look();
     memory_.memory->seq_keep(seq);
     // With a cache for each sequence, llama.cpp looks at that of `seq` alone.
     for (llama_seq_id other = 0; other < llama_seq_id(llama_n_seq_max(ctx_)); ++other) {
-        if (other != seq) {
+        if (other != seq && memory_.pos_max(other) >= 0) {
             memory_.memory->seq_rm(other, -1, -1);
         }
     }
@@ -420,11 +456,15 @@ void ContextBox::keep(llama_seq_id seq) {
     }
 }
 
-Status ContextBox::clear(std::string & message) {
+Status ContextBox::clear(Call & call, std::string & message) {
     const InFlight in_flight;
+    if (call.should_stop() || exiting()) {
+        return Status::Cancelled;
+    }
     try {
         AssertionGuard guard;
-        memory_.memory->clear(true);
+        llama_synchronize(ctx_);
+        written_.clear([&] { return call.should_stop() || exiting(); });
         confirm();
     } catch (const AssertionFailed & error) {
         broken_ = error.what();

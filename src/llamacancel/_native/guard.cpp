@@ -1,10 +1,14 @@
 #include "guard.hpp"
 
+#include <pthread.h>
+
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <deque>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 #include "llama.h"
 #include "rpc.hpp"
@@ -33,10 +37,32 @@ std::atomic<int> in_flight{0};
 std::atomic<bool> is_exiting{false};
 std::thread::id exiting_thread;  // written before is_exiting
 
-void park_if_exiting() noexcept {
-    while (is_exiting.load(std::memory_order_acquire) && std::this_thread::get_id() != exiting_thread) {
+struct Parked {
+    std::thread::id id;
+    unsigned long ident;
+};
+std::mutex parked_mutex;
+std::vector<Parked> * const all_parked = new std::vector<Parked>;  // never destroyed, as the log
+
+// Ends what this thread is in flight with, for good.
+void park() noexcept {
+    {
+        std::lock_guard<std::mutex> lock(parked_mutex);
+        all_parked->push_back({std::this_thread::get_id(), (unsigned long)(pthread_self())});
+    }
+    in_flight.fetch_sub(1, std::memory_order_seq_cst);  // now begin_exit() goes on
+    while (true) {
         std::this_thread::sleep_for(std::chrono::hours(1));
     }
+}
+
+template <typename Is>
+bool any_parked(Is && is) noexcept {
+    if (!is_exiting.load(std::memory_order_acquire)) {
+        return false;
+    }
+    std::lock_guard<std::mutex> lock(parked_mutex);
+    return std::any_of(all_parked->begin(), all_parked->end(), is);
 }
 
 void on_abort(const char * message) {
@@ -69,18 +95,29 @@ AssertionGuard::~AssertionGuard() { --guard_depth; }
 
 InFlight::InFlight() noexcept {
     in_flight.fetch_add(1, std::memory_order_seq_cst);
-    if (is_exiting.load(std::memory_order_seq_cst) && std::this_thread::get_id() != exiting_thread) {
-        in_flight.fetch_sub(1, std::memory_order_seq_cst);
-        park_if_exiting();
+    if (exiting()) {
+        park();
     }
 }
 
 InFlight::~InFlight() {
+    if (exiting()) {
+        park();
+    }
     in_flight.fetch_sub(1, std::memory_order_seq_cst);
-    park_if_exiting();
 }
 
-bool exiting() noexcept { return is_exiting.load(std::memory_order_relaxed); }
+bool exiting() noexcept {
+    return is_exiting.load(std::memory_order_seq_cst) && std::this_thread::get_id() != exiting_thread;
+}
+
+bool parked(std::thread::id thread) noexcept {
+    return any_parked([&](const Parked & each) { return each.id == thread; });
+}
+
+bool parked(unsigned long thread) noexcept {
+    return any_parked([&](const Parked & each) { return each.ident == thread; });
+}
 
 void begin_exit(double most_seconds) noexcept {
     exiting_thread = std::this_thread::get_id();
@@ -94,6 +131,7 @@ void begin_exit(double most_seconds) noexcept {
 void after_fork_in_child() {
     in_flight.store(0, std::memory_order_seq_cst);
     log_instance = new Log;
+    is_exiting.store(false, std::memory_order_seq_cst);  // the parent's other threads did not come along
     RpcServer::after_fork_in_child();
 }
 

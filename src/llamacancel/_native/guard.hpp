@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 
 namespace llamacancel {
@@ -32,8 +33,13 @@ public:
     InFlight & operator=(const InFlight &) = delete;
 };
 
-// True once the interpreter is about to exit. The one flag of the whole process, and it ends all work.
+// True once the interpreter is about to exit. The one flag of the whole process, and it ends all work but that of the
+// thread that exits: hooks and finalizers that run later may still use what they have.
 bool exiting() noexcept;
+
+// True of a thread that waits for the end: it leaves no native call any more, nor takes the GIL.
+bool parked(std::thread::id thread) noexcept;
+bool parked(unsigned long thread) noexcept;  // as Python names threads
 
 // Called on the exiting thread, without the GIL: stops all calls and waits for them, `most_seconds` at most.
 void begin_exit(double most_seconds) noexcept;
