@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import sys
 import uuid
@@ -37,6 +38,8 @@ H = TypeVar("H", bound=Handle[Any])
 
 _INT32 = 2**31 - 1
 _CTX_EACH = 4096  # cells for a slot if nobody says how many
+_GRACE = 5.0  # seconds in which an engine's thread has ended while the interpreter exits, or never will; a guess
+_exiting = False
 LONG_TEXT = 4096
 """Characters from which on a text is turned into tokens under the request's own token, and beside an event loop."""
 
@@ -63,8 +66,9 @@ class Engine:
         n_ubatch: Rows computed at a time. None: chosen from `cancel_latency`.
         n_threads, n_threads_batch: As for `Context`.
         cancel_latency: Seconds from a cancel to its slot being free to aim for, as for `Context`.
-        step_seconds: What a step should take at most while requests generate. Prompts are cut to fit beside them.
-            None: a step takes as much of the prompts as `n_batch` allows.
+        step_seconds: What a step should take at most while requests generate. Prompts are cut to fit beside them, and
+            batches of texts to embed have fewer texts; but a text to embed is computed in one piece, which only
+            `n_batch` bounds. None: a step takes as much as `n_batch` allows.
         stream_interval: Seconds within which those who wait for text are told of it once, while steps are shorter than
             that: telling them takes time from a fast model's steps. The first text of a request, and its end, are told
             at once. 0: with each step.
@@ -287,11 +291,16 @@ class Engine:
 
         Args:
             drain: Finish what was accepted first. False: end it with "shutdown".
-            timeout: Seconds after which the rest ends with "shutdown", too; None for no limit.
+            timeout: Seconds after which the rest ends with "shutdown", too; None for no limit. While the interpreter
+                exits it drains no more, since llama.cpp may have stopped for good, and waits no longer than that.
         """
         if self._desk.is_foreign:
             return
         core = self._core
+        if _exiting:
+            core.stop()
+            core.join(_GRACE if timeout is None else timeout)
+            return
         if drain:
             core.close()
             if self._desk.is_this_thread or core.join(timeout):
@@ -378,6 +387,12 @@ class Engine:
     def _check_open(self) -> None:
         self._desk.check_process()
         self._desk.check_open()
+
+
+@atexit.register
+def _note_exit() -> None:
+    global _exiting
+    _exiting = True
 
 
 def _token_of(above: CancelToken | None, timeout: float | None) -> CancelToken:

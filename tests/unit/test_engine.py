@@ -411,7 +411,7 @@ def test_embeddings_are_those_that_each_text_has_alone(arch: str) -> None:
 
 def test_embeddings_and_generations_take_turns() -> None:
     kinds: list[str] = []
-    with engine(slots=2) as e:
+    with engine(slots=2, step_seconds=None) as e:
         before_step(e, lambda number, plan: kinds.append("embed" if plan.embed else "rows"))
         with Gate(e) as gate:
             generation = e.submit(ids(20), max_tokens=12, sampler=greedy(), logprobs=2)

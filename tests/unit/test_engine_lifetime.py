@@ -192,6 +192,20 @@ def test_a_process_that_ends_with_a_running_engine_is_silent(source: str) -> Non
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
+def test_an_exit_hook_from_before_the_import_closes_an_engine_within_its_timeout() -> None:
+    source = (
+        "import atexit\n"
+        "atexit.register(lambda: (engine.close(timeout=0.2), print('closed')))\n"
+        "import llamacancel as lc\n"
+        f"model = lc.Model.load({str(cached_model('llama', 'tiny', quant='f32'))!r})\n"
+        "engine = lc.Engine(model, n_threads=1, slots=1)\n"
+        "generation = engine.submit([400], sampler=lc.Sampler(temperature=0, logit_bias={2: -1000.0}))\n"
+        "next(generation)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "closed\n", "")
+
+
 def test_ctrl_c_while_reading_stops_the_generation_and_the_engine_goes_on() -> None:
     ran = run_python(
         "import os, signal\n"

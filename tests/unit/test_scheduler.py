@@ -505,13 +505,54 @@ def test_a_prompt_that_comes_several_times_at_once_is_computed_once() -> None:
     bench = Bench(slots=4, n_batch=64, step_seconds=None)
     made = [bench.submit(f"r{i}", prompt(200), max_tokens=5) for i in range(4)]
     other = bench.submit("other", prompt(30, 5), max_tokens=1)
-    assert rows_of(bench.step()) == {"r0": 64}, "the others' slots are kept for them"
+    assert rows_of(bench.step()) == {"r0": 64}
+    assert other.started_at is not None, "who waits for r0's prompt lets others go first"
     bench.run()
     assert made[0].cached_tokens == 0
     assert all(184 <= each.cached_tokens <= 199 for each in made[1:])
     assert all(each.tokens[200:] == answer(prompt(200), 5, 5000) for each in made)
-    assert other.started_at is not None
-    assert all(each.started_at is not None and each.started_at <= other.started_at for each in made)
+
+
+def test_who_waits_for_a_prefix_leaves_the_slots_to_those_behind_and_keeps_its_place() -> None:
+    bench = Bench(slots=4, n_batch=64, step_seconds=None)
+    first = bench.submit("first", prompt(400), max_tokens=40)
+    bench.step()
+    copies = [bench.submit(f"copy{i}", prompt(400), max_tokens=3) for i in range(50)]
+    short = bench.submit("short", prompt(3, 7), max_tokens=1)
+    others = [bench.submit(f"other{i}", prompt(300, 10 + i), max_tokens=40) for i in range(2)]
+    late = bench.submit("late", prompt(10, 30), max_tokens=1)
+    gone = copies.pop(5)
+    bench.step()
+    assert short.started_at is not None
+    assert all(each.state != "queued" for each in others)
+    assert all(each.state == "queued" for each in copies)
+    assert bench.cancel(gone)
+    while first.rows_left > 1:
+        bench.step()
+    bench.step()
+    assert copies[0].cached_tokens >= 384, "it came before the one that was behind it"
+    bench.run()
+    assert [each.submitted_at for each in copies] == sorted(each.submitted_at for each in copies)
+    assert sum(each.cached_tokens >= 384 for each in copies) == len(copies)
+    assert late.finish_reason is not None
+    assert not bench.scheduler._behind
+    for each in (first, *copies):
+        assert each.tokens[400:] == answer(prompt(400), each.max_tokens, 5000)
+
+
+def test_a_batch_of_texts_takes_no_longer_than_a_step_beside_those_who_generate() -> None:
+    bench = Bench(slots=2, embed_rows=200, embed_sequences=8, step_seconds=0.1)
+    pace = bench.scheduler.pace
+    pace.embed_row_seconds = 0.004
+    bench.submit("g", prompt(4), max_tokens=6)
+    for i in range(4):
+        bench.submit(f"e{i}", prompt(12, i), kind="embedding")
+    bench.submit("long", prompt(100), kind="embedding")
+    sizes = [[each.n_prompt for each in plan.embed] for plan in bench.run() if plan.embed]
+    assert sizes[:3] == [[12, 12], [12, 12], [100]], "25 rows fit, and one that does not goes alone"
+    for i in range(4):
+        bench.submit(f"f{i}", prompt(12, i), kind="embedding")
+    assert [len(plan.embed) for plan in bench.run()] == [4], "nobody waits for it"
 
 
 def test_nobody_waits_for_a_prefix_of_lower_priority_or_one_that_is_given_up() -> None:

@@ -9,6 +9,7 @@ __all__ = [
     "Limits",
     "Pace",
     "Part",
+    "embed_budget",
     "ends_here",
     "loss",
     "must_be_whole",
@@ -147,6 +148,18 @@ def prompt_budget(limits: Limits, pace: Pace, n_generating: int, wanted: int, by
     if last < _SHORT_ROWS and rows - last >= least and (n_generating or rows < wanted):
         rows -= last
     return min(room, max(rows, least))
+
+
+def embed_budget(limits: Limits, pace: Pace, n_active: int) -> int:
+    """Most rows of the next batch of texts to embed, next to `n_active` requests that wait for it to end.
+
+    As many as `step_seconds` allow. A text is never parted: one that is longer has a batch of its own.
+    """
+    if limits.step_seconds is None or not n_active:
+        return limits.embed_rows
+    each = pace.embed_row_seconds or pace.row_seconds
+    rows = limits.n_ubatch if each is None else int(limits.step_seconds / each)
+    return max(min(rows, limits.embed_rows), 1)
 
 
 def share(budget: int, wants: Sequence[tuple[int, int]]) -> list[int]:

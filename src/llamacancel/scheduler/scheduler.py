@@ -52,6 +52,7 @@ class Scheduler:
         self.changes: list[Request] = []
         self.in_flight: Flight | None = None
         self._line: list[tuple[float, int, Request]] = []  # a heap; who left the queue lies in it until it comes up
+        self._behind: dict[Request, list[tuple[float, int, Request]]] = {}  # who waits for the prompt of whom
         self._embed_line: list[tuple[float, int, Request]] = []
         self._count = 0
         self._actions: list[Action] = []
@@ -108,7 +109,7 @@ class Scheduler:
 
     def _shorten(self) -> None:
         """Takes those out of the lines who have left the queue, once they are the most."""
-        for line in (self._line, self._embed_line):
+        for line in (self._line, self._embed_line, *self._behind.values()):
             if len(line) > 2 * len(self.queue) + 64:
                 line[:] = [entry for entry in line if entry[2] in self.queue]
                 heapq.heapify(line)
@@ -164,7 +165,7 @@ class Scheduler:
     def _plan_embedding(self, plan: Plan, now: float) -> bool:
         if self.active and self._embedded_last:
             return False  # in turn with the generations
-        rows = self.limits.embed_rows
+        rows = policy.embed_budget(self.limits, self.pace, len(self.active))
         while (request := self._first(self._embed_line)) is not None:
             if plan.embed and (request.n_prompt > rows or request.suspect):
                 break
@@ -236,9 +237,14 @@ class Scheduler:
     # -- slots
 
     def _admit(self, now: float) -> None:
-        """Give slots to the first in line. Who waits for a prefix, for a little, has its slot kept."""
-        later: list[tuple[float, int, Request]] = []
-        while self.idle_slots > len(later):
+        """Give slots to the first in line.
+
+        Who waits for a prefix leaves the slot to those behind, and has its place in the line back once it is there.
+        """
+        for ready in [each for each in self._behind if each.slot is None or each.rows_left <= 1]:
+            for entry in self._behind.pop(ready):
+                heapq.heappush(self._line, entry)
+        while self.idle_slots:
             request = self._first(self._line)
             if request is None:
                 break
@@ -248,28 +254,29 @@ class Scheduler:
             entry = heapq.heappop(self._line)
             reuse = find_reuse(self.rules, request.tokens, self.sequences, self.limits.slots)
             assert reuse is not None
-            if self._is_on_its_way(request, reuse.length):
-                later.append(entry)
+            leader = self._ahead_of(request, reuse.length)
+            if leader is not None:
+                self._behind.setdefault(leader, []).append(entry)
                 continue
             del self.queue[request]
             self._give_slot(request, reuse, now)
-        for entry in later:
-            heapq.heappush(self._line, entry)
 
-    def _is_on_its_way(self, request: Request, held: int) -> bool:
-        """Whether a running prompt that begins alike is just computing what this one would compute, too.
+    def _ahead_of(self, request: Request, held: int) -> Request | None:
+        """A running prompt that begins alike, and is just computing what this one would compute, too.
 
         Several answers to one prompt come at once, and so do many that begin with the same instructions.
         """
         if not self.limits.prefix_cache or not self.rules.cut or self.rules.copy != "part":
-            return False
+            return None
         least, most = held + max(_LEAST_CHECKPOINT, self.rules.least_copy), len(request.tokens) - 1
-        return any(
-            each.rows_left > 1
-            and each.priority >= request.priority
-            and common_prefix(request.tokens, each.tokens, most) >= least
-            for each in self.active.values()
-        )
+        for each in self.active.values():
+            if (
+                each.rows_left > 1
+                and each.priority >= request.priority
+                and common_prefix(request.tokens, each.tokens, most) >= least
+            ):
+                return each
+        return None
 
     def _fits(self, request: Request) -> bool:
         """Whether there are cells for it beside those that run; what idle sequences hold can be taken."""
