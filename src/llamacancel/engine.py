@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import sys
 import uuid
@@ -38,8 +37,6 @@ H = TypeVar("H", bound=Handle[Any])
 
 _INT32 = 2**31 - 1
 _CTX_EACH = 4096  # cells for a slot if nobody says how many
-_GRACE = 5.0  # seconds in which an engine's thread has ended while the interpreter exits, or never will; a guess
-_exiting = False
 LONG_TEXT = 4096
 """Characters from which on a text is turned into tokens under the request's own token, and beside an event loop."""
 
@@ -291,16 +288,11 @@ class Engine:
 
         Args:
             drain: Finish what was accepted first. False: end it with "shutdown".
-            timeout: Seconds after which the rest ends with "shutdown", too; None for no limit. While the interpreter
-                exits it drains no more, since llama.cpp may have stopped for good, and waits no longer than that.
+            timeout: Seconds after which the rest ends with "shutdown", too; None for no limit.
         """
         if self._desk.is_foreign:
             return
         core = self._core
-        if _exiting:
-            core.stop()
-            core.join(_GRACE if timeout is None else timeout)
-            return
         if drain:
             core.close()
             if self._desk.is_this_thread or core.join(timeout):
@@ -387,12 +379,6 @@ class Engine:
     def _check_open(self) -> None:
         self._desk.check_process()
         self._desk.check_open()
-
-
-@atexit.register
-def _note_exit() -> None:
-    global _exiting
-    _exiting = True
 
 
 def _token_of(above: CancelToken | None, timeout: float | None) -> CancelToken:
