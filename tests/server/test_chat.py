@@ -19,7 +19,12 @@ WEATHER = {
     "function": {
         "name": "weather",
         "description": "Tells the weather.",
-        "parameters": {"type": "object", "properties": {"place": {"enum": ["Oslo", "Rome"]}}, "required": ["place"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"place": {"enum": ["Oslo", "Rome"]}},
+            "required": ["place"],
+            "additionalProperties": False,
+        },
     },
 }
 with_schemas = pytest.mark.skipif(
@@ -210,7 +215,7 @@ def test_without_tools_the_same_answer_is_text(llama: Served) -> None:
 @with_schemas
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_call_that_is_demanded_is_made(served: Served, choice: Any) -> None:
-    other = {"type": "function", "function": {"name": "other", "parameters": {"type": "object", "properties": {}}}}
+    other = {"type": "function", "function": {"name": "other", "parameters": {"const": {}}}}
     body = chat(400, tools=[WEATHER, other], tool_choice=choice)
     message = served.post(PATH, body).json()["choices"][0]
     assert message["finish_reason"] == "tool_calls"

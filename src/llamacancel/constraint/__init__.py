@@ -5,6 +5,6 @@ its own (`matcher.LIMITS`): it cannot be interrupted, so that each of its steps 
 """
 
 from .matcher import Matcher, Vocabulary
-from .source import Source, source_of
+from .source import Source, calls_of, source_of
 
-__all__ = ["Matcher", "Source", "Vocabulary", "source_of"]
+__all__ = ["Matcher", "Source", "Vocabulary", "calls_of", "source_of"]

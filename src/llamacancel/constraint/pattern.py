@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["check_regex"]
+import re
 
-_LONGEST = 10_000
+__all__ = ["check_regex", "depth_of"]
+
+LONGEST = 10_000
+DEEPEST = 64
+LARGEST_COUNT = 10_000
 
 
 def check_regex(regex: object) -> str:
@@ -15,6 +19,23 @@ def check_regex(regex: object) -> str:
     """
     if not isinstance(regex, str):
         raise TypeError(f"regex must be text, not {type(regex).__name__}")
-    if len(regex) > _LONGEST:
-        raise ValueError(f"the regular expression has {len(regex)} characters; at most {_LONGEST} are allowed")
+    if len(regex) > LONGEST:
+        raise ValueError(f"the regular expression has {len(regex)} characters; at most {LONGEST} are allowed")
+    if depth_of(regex) > DEEPEST:
+        raise ValueError(f"the regular expression is nested deeper than {DEEPEST}")
+    for count in re.findall(r"[{,]\s*([0-9]+)", regex):
+        if len(count) > 9 or int(count) > LARGEST_COUNT:
+            raise ValueError(f"the regular expression repeats more than {LARGEST_COUNT} times: {{{count[:20]}}}")
     return regex
+
+
+def depth_of(text: str) -> int:
+    """How deep a text's brackets may be nested at most; those in texts and classes count, too."""
+    deepest = depth = 0
+    for c in text:
+        if c in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif c in ")]}":
+            depth = max(depth - 1, 0)
+    return deepest

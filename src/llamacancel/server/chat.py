@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
@@ -23,7 +22,7 @@ from .schemas import ChatBody, JsonSchemaFormat, Message, NamedTool, TextPart
 from .service import Group, Service, TimeoutHeader
 from .sse import event, json_of
 from .templates import TemplateFailed, chat_tokens
-from .tools import ToolCall, ToolCallReader, tool_call_schema, with_tags
+from .tools import ToolCall, ToolCallReader, tool_calls
 
 __all__ = ["router"]
 
@@ -54,10 +53,11 @@ async def create_chat_completion(
         count = body.n or 1
         most = body.max_completion_tokens or body.max_tokens
         check_room(service.engine, [prompt], count)
-        grammar, root = await _grammar(body)
         return Job(
             prompts=[prompt],
-            samplers=await make_samplers(group, service.model, body, count, grammar, root),
+            samplers=await make_samplers(
+                group, service.model, body, count, lambda: _constraint(body), _constrained_by(body)
+            ),
             max_tokens=None if most == -1 else most,
             stop=body.stops,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -112,32 +112,31 @@ def _template_message(message: Message, knows_developer: bool) -> dict[str, Any]
     return given
 
 
-async def _grammar(body: ChatBody) -> tuple[str | None, str]:
-    """The grammar that the answer has to follow, if there is one, and the rule that it begins with."""
+def _constraint(body: ChatBody) -> dict[str, Any]:
+    """What the answer has to follow, as arguments of its sampler. Raises ValueError, TypeError for what is none."""
     wanted = body.response_format
-    tools = body.tools or []
-    if isinstance(body.tool_choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == body.tool_choice.function.name]
-    must_call = isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required"
-    if must_call and (body.grammar is not None or (wanted is not None and wanted.type != "text")):
-        raise ApiError(400, "tool_choice demands a call: give no grammar and no response_format", param="tool_choice")
-    if must_call:
-        grammar = await _of_schema(tool_call_schema(tools), "tools")
-        return with_tags(grammar, several=body.parallel_tool_calls is True)
+    if isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required":
+        tools = body.tools or []
+        if isinstance(body.tool_choice, NamedTool):
+            tools = [tool for tool in tools if tool.function.name == body.tool_choice.function.name]
+        return {"lark": tool_calls(tools, several=body.parallel_tool_calls is True)}
     if isinstance(wanted, JsonSchemaFormat):
-        return await _of_schema(wanted.json_schema.schema_, "response_format"), "root"
+        return {"json_schema": wanted.json_schema.schema_}
     if wanted is not None and wanted.type == "json_object":
-        return await _of_schema({"type": "object"}, "response_format"), "root"
-    return body.grammar, "root"
+        return {"json_schema": {"type": "object"}}
+    return {"grammar": body.grammar}
 
 
-async def _of_schema(schema: dict[str, Any], param: str) -> str:
-    from .. import json_schema_to_grammar
-
-    try:
-        return await anyio.to_thread.run_sync(json_schema_to_grammar, schema)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ApiError(400, f"the JSON schema cannot be used: {error}", param=param) from error
+def _constrained_by(body: ChatBody) -> str | None:
+    """The field that says what the answer has to follow."""
+    formatted = body.response_format is not None and body.response_format.type != "text"
+    if isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required":
+        if body.grammar is not None or formatted:
+            raise ApiError(
+                400, "tool_choice demands a call: give no grammar and no response_format", param="tool_choice"
+            )
+        return "tools"
+    return "response_format" if formatted else "grammar" if body.grammar is not None else None
 
 
 class _ChatForm:

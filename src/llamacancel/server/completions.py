@@ -52,7 +52,14 @@ async def create_completion(
             form.echoes = await prompt_texts(group, service.model, body.prompt)
         return Job(
             prompts=prompts,
-            samplers=await make_samplers(group, service.model, body, count, body.grammar),
+            samplers=await make_samplers(
+                group,
+                service.model,
+                body,
+                count,
+                lambda: {"grammar": body.grammar},
+                None if body.grammar is None else "grammar",
+            ),
             max_tokens=None if body.max_tokens == -1 else body.max_tokens or DEFAULT_MAX_TOKENS,
             stop=body.stops,
             logprobs=body.logprobs,

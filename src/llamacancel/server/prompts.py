@@ -153,8 +153,8 @@ async def make_samplers(
     model: Model,
     body: GenerationBody,
     count: int,
-    grammar: str | None = None,
-    grammar_root: str = "root",
+    constraint: Callable[[], dict[str, Any]],
+    constrained_by: str | None,
 ) -> list[Sampler]:
     """Samplers for so many answers, each with a state and a seed of its own.
 
@@ -165,10 +165,11 @@ async def make_samplers(
         model: Whose vocabulary they choose from.
         body: The request.
         count: How many answers.
-        grammar: GBNF that they follow, from its rule `grammar_root`.
+        constraint: Gives the arguments of a sampler that say what they follow; called beside the event loop.
+        constrained_by: The field of the body that says so, if one does.
 
     Raises:
-        ApiError: 400, if the grammar cannot be parsed or a bias names no token.
+        ApiError: 400, if the constraint cannot be used or a bias names no token.
     """
     names = (
         "temperature",
@@ -193,12 +194,12 @@ async def make_samplers(
 
     def make(_: CancelToken) -> list[Sampler]:
         bias = _logit_bias(model, given_bias)
+        follows = constraint()
         return [
             Sampler(
                 **options,
                 logit_bias=bias,
-                grammar=grammar,
-                grammar_root=grammar_root,
+                **follows,
                 seed=(first + k) % (2**32 - 1),
                 model=model,
             )
@@ -206,10 +207,10 @@ async def make_samplers(
         ]
 
     try:
-        size = LONG_TEXT if grammar is not None else len(given_bias) * count
+        size = LONG_TEXT if constrained_by is not None else len(given_bias) * count
         return await under_token(group, make, size=size)
     except (ValueError, TypeError) as error:
-        raise ApiError(400, str(error), param="grammar" if grammar is not None else None) from error
+        raise ApiError(400, str(error), param=constrained_by) from error
 
 
 def _logit_bias(model: Model, given: dict[str, float]) -> dict[int, float]:

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..constraint import Source, calls_of
 from .schemas import Tool
 
-__all__ = ["ToolCall", "ToolCallReader", "tool_call_schema", "with_tags"]
+__all__ = ["ToolCall", "ToolCallReader", "tool_calls"]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -96,27 +97,7 @@ class ToolCallReader:
         return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
 
 
-def tool_call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
-    """The JSON schema of a call of one of some functions."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-        }
-        for tool in tools
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
-
-
-def with_tags(grammar: str, *, several: bool) -> tuple[str, str]:
-    """A grammar whose texts are calls, each what `grammar` says between tags, and the rule that it begins with."""
-    call = f'"{OPEN}\\n" root "\\n{CLOSE}"'
-    more = ' ("\\n" tool-call-tagged)*' if several else ""
-    return (
-        f"{grammar}\ntool-call-tagged ::= {call}\ntool-call-answer ::= tool-call-tagged{more}\n",
-        "tool-call-answer",
-    )
+def tool_calls(tools: Sequence[Tool], *, several: bool) -> Source:
+    """The constraint of an answer that calls one of some functions, or several of them one after the other."""
+    functions = [(tool.function.name, tool.function.parameters or {"type": "object"}) for tool in tools]
+    return calls_of(functions, f"{OPEN}\n", f"\n{CLOSE}", several=several)
