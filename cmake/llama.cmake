@@ -59,12 +59,3 @@ if(first_patch AND last_patch)
 else()
     message(STATUS "llamacancel: ${llama_dir} is without (all of) vendor/patches; a cancel waits for the end of a graph node, on a GPU of a ubatch")
 endif()
-
-# The converter from JSON schemas to grammars, of llama.cpp's `common`, without the rest of it.
-add_library(llamacancel_schema OBJECT
-    ${llama_dir}/common/json-schema-to-grammar.cpp ${llama_dir}/common/json-schema.cpp ${llama_dir}/common/json.cpp
-    ${llama_dir}/common/trie.cpp ${llama_dir}/common/unicode.cpp)
-target_include_directories(llamacancel_schema SYSTEM PUBLIC ${llama_dir}/common PRIVATE ${llama_dir}/vendor)
-set_source_files_properties(${llama_dir}/common/json-schema-to-grammar.cpp PROPERTIES COMPILE_OPTIONS
-    "$<IF:$<CXX_COMPILER_ID:MSVC>,/FI,-include>;${CMAKE_CURRENT_SOURCE_DIR}/src/llamacancel/_native/schema_log.hpp")
-target_link_libraries(llamacancel_schema PUBLIC llama)

@@ -12,7 +12,7 @@ from ._llama import build_info
 from ._model import LoraAdapter, Model
 from ._params import LatencyPlan
 from ._result import DecodeResult
-from ._sampler import Sampler, json_schema_to_grammar
+from ._sampler import Sampler
 from .batch import Batch
 from .engine import Engine
 from .errors import (
@@ -77,5 +77,4 @@ __all__ = [
     "Usage",
     "__version__",
     "build_info",
-    "json_schema_to_grammar",
 ]

@@ -1,8 +1,6 @@
 # distutils: language = c++
 """Samplers: chains that choose a token from an output's logits."""
 
-import json
-
 cimport cython
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, uint32_t
@@ -21,9 +19,6 @@ from ._model cimport Model
 from . import _params
 from .constraint import Vocabulary, source_of
 from .errors import ContextBusyError
-
-cdef extern from "schema.hpp" namespace "llamacancel" nogil:
-    string native_json_schema_to_grammar "llamacancel::json_schema_to_grammar" (const string & schema) except +
 
 cdef uint32_t _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
 
@@ -422,51 +417,6 @@ cdef object _chosen(Draw & draw):
     if draw.status != Status.Done:
         raise ValueError(text_of(draw.message))
     return draw.token
-
-
-def json_schema_to_grammar(schema):
-    """The GBNF grammar of the texts that a JSON schema allows, for `Sampler(grammar=...)`.
-
-    Args:
-        schema: The schema, as JSON text or as what `json.loads` makes of it.
-
-    Raises:
-        ValueError: If the text is no JSON, or llama.cpp's converter cannot express the schema; says why.
-    """
-    if isinstance(schema, (str, bytes, bytearray)):
-        schema = json.loads(schema)
-    _check_size(schema)
-    cdef string text = json.dumps(schema).encode()
-    cdef string rules
-    try:
-        with nogil:
-            rules = native_json_schema_to_grammar(text)
-    except RuntimeError as error:  # an assertion of llama.cpp's
-        raise ValueError(str(error)) from None
-    finally:
-        drain_log()
-    return rules.decode("utf-8", "replace")
-
-
-cdef int _DEEPEST_SCHEMA = 100
-cdef int _LARGEST_SCHEMA = 1_000_000  # values in it
-
-
-def _check_size(schema):
-    """Refuses what is nested too deep, within itself above all, or too large when it is written out."""
-    values = [(schema, 0)]
-    cdef int n = 0
-    while values:
-        value, level = values.pop()
-        n += 1
-        if level > _DEEPEST_SCHEMA:
-            raise ValueError(f"the schema is nested deeper than {_DEEPEST_SCHEMA} levels")
-        if n > _LARGEST_SCHEMA:
-            raise ValueError(f"the schema has more than {_LARGEST_SCHEMA} values")
-        if isinstance(value, dict):
-            values.extend([(part, level + 1) for part in value.values()])
-        elif isinstance(value, (list, tuple)):
-            values.extend([(part, level + 1) for part in value])
 
 
 cdef object _vocabulary_of(Model model, const shared_ptr[ModelBox] & box):

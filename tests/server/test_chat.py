@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-import llamacancel as lc
 from llamacancel.server.tools import ToolCall, ToolCallReader
 
 from .served import Served, events_of, greedy
@@ -27,9 +26,6 @@ WEATHER = {
         },
     },
 }
-with_schemas = pytest.mark.skipif(
-    not hasattr(lc, "json_schema_to_grammar"), reason="this build has no converter of JSON schemas"
-)
 
 
 def chat(max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
@@ -212,7 +208,6 @@ def test_without_tools_the_same_answer_is_text(llama: Served) -> None:
         assert choice["finish_reason"] == "stop"
 
 
-@with_schemas
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_call_that_is_demanded_is_made(served: Served, choice: Any) -> None:
     other = {"type": "function", "function": {"name": "other", "parameters": {"const": {}}}}
@@ -225,7 +220,6 @@ def test_a_call_that_is_demanded_is_made(served: Served, choice: Any) -> None:
         assert json.loads(call["arguments"])["place"] in ("Oslo", "Rome")
 
 
-@with_schemas
 def test_an_answer_follows_a_json_schema(served: Served) -> None:
     schema = {
         "type": "object",
@@ -239,7 +233,6 @@ def test_an_answer_follows_a_json_schema(served: Served) -> None:
     assert 0 <= answer["age"] <= 99
 
 
-@with_schemas
 def test_an_answer_can_be_any_json_object(served: Served) -> None:
     # The model says nonsense without end, so the end has to come from without: what there is begins as an object does.
     content = served.post(PATH, chat(20, response_format={"type": "json_object"})).json()["choices"][0]["message"][
@@ -248,7 +241,6 @@ def test_an_answer_can_be_any_json_object(served: Served) -> None:
     assert content.lstrip().startswith("{")
 
 
-@with_schemas
 def test_a_schema_that_cannot_be_used_is_refused(llama: Served) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/nowhere"}}}
     refused = llama.post(PATH, chat(response_format=wanted))

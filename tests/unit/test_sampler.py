@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 
@@ -259,41 +258,6 @@ def test_the_sampler_says_what_it_is() -> None:
     assert repr(lc.Sampler(temperature=0.5, seed=3)) == "<Sampler temperature=0.5 seed=3>"
 
 
-def json_of(ctx: lc.Context, schema: object, seed: int) -> object:
-    """A value that the schema's grammar makes the model write: random weights, so only the grammar gives it form."""
-    model = ctx.model
-    grammar = lc.json_schema_to_grammar(schema)  # type: ignore[arg-type]
-    sampler = lc.Sampler(temperature=1.0, top_k=0, seed=seed, grammar=grammar, model=model)
-    text = b""
-    for _ in range(400):
-        token = sampler.sample(ctx)
-        if model.is_eog(token):
-            return json.loads(text)
-        text += model.token_to_piece(token)
-    raise AssertionError(f"no end after 400 tokens: {text!r}")
-
-
-def test_a_json_schema_becomes_a_grammar_that_its_values_follow(ctx: lc.Context) -> None:
-    schema = {
-        "type": "object",
-        "properties": {
-            "name": {"enum": ["Ada", "Grace"]},
-            "ok": {"type": "boolean"},
-            "n": {"type": "integer", "minimum": 3, "maximum": 42},
-        },
-        "required": ["name", "ok", "n"],
-        "additionalProperties": False,
-    }
-    for seed in range(5):
-        value = json_of(ctx, schema, seed)
-        assert isinstance(value, dict)
-        assert set(value) == {"name", "ok", "n"}
-        assert value["name"] in ("Ada", "Grace")
-        assert isinstance(value["ok"], bool)
-        assert 3 <= value["n"] <= 42
-    assert lc.json_schema_to_grammar(json.dumps(schema)) == lc.json_schema_to_grammar(schema)
-
-
 def deep(levels: int) -> object:
     schema: object = {"type": "string"}
     for _ in range(levels):
@@ -301,20 +265,13 @@ def deep(levels: int) -> object:
     return schema
 
 
-def test_a_schema_that_cannot_be_expressed_is_refused_in_words() -> None:
+def test_a_schema_that_cannot_be_expressed_is_refused_in_words(model_of: LoadedModel) -> None:
+    model = model_of("llama")
     unknown = {"type": "nothing"}, {"$ref": "#/nowhere"}, {"$ref": "http://nowhere.invalid/x.json"}
     for schema in ("{", "", b"\xff", *unknown, deep(200), deep(100_000), 5, [1]):
-        with pytest.raises(ValueError, match=r".") as told:
-            lc.json_schema_to_grammar(schema)  # type: ignore[arg-type]
+        with pytest.raises((ValueError, TypeError), match=r".") as told:
+            lc.Sampler(json_schema=schema, model=model)  # type: ignore[arg-type]
         assert str(told.value).strip()
-
-
-def test_what_a_schema_leaves_open_is_logged_and_not_printed(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    lc.json_schema_to_grammar({"type": "string", "pattern": "("})
-    assert any("pattern ( is not supported" in record.message for record in caplog.records)
-    assert capfd.readouterr() == ("", "")
 
 
 # ---- several rows at a time -----------------------------------------------------------------------------------------
