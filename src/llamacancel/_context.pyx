@@ -490,11 +490,11 @@ cdef class Context:
         """How the context cuts its work, as a `LatencyPlan`."""
         self._check_open()
         cdef Cut cut = self.box.get().cut()
-        n_pieces = cut.pieces_at(cut.n_ubatch, cut.n_ubatch)
+        n_pieces, of_one = cut.pieces_at(cut.n_ubatch, cut.n_ubatch), cut.pieces_at(1, cut.n_ubatch)
         if cut.target == 0:
-            return _params.LatencyPlan(None, cut.n_ubatch, cut.max_outputs, n_pieces, None, None)
+            return _params.LatencyPlan(None, cut.n_ubatch, cut.max_outputs, n_pieces, of_one, None, None)
         gap = cut.cost.seconds + cut.cost.seconds_per_row * cut.n_ubatch
-        return _params.LatencyPlan(cut.target, cut.n_ubatch, cut.max_outputs, n_pieces, gap,
+        return _params.LatencyPlan(cut.target, cut.n_ubatch, cut.max_outputs, n_pieces, of_one, gap,
                                    cut.cost.seconds_per_row_kv * 1000)
 
     def set_lora(self, adapters=()):

@@ -73,6 +73,7 @@ class LatencyPlan:
         n_ubatch: Most rows that are computed together.
         max_outputs: Most rows with logits in one ubatch.
         n_pieces: Pieces in which the graph of a full ubatch is handed to a device that is no CPU; 0: as a whole.
+        n_pieces_of_one: Those of a single token's.
         node_seconds: The longest time between two looks at the token that is expected with `n_ubatch` rows, as
             measured when the model's first context was made (of a whole ubatch, where there are pieces to cut it into).
             None if not measured.
@@ -84,5 +85,6 @@ class LatencyPlan:
     n_ubatch: int
     max_outputs: int
     n_pieces: int
+    n_pieces_of_one: int
     node_seconds: float | None
     attention_seconds: float | None

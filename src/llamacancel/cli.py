@@ -11,8 +11,8 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)  # imports what the commands need, which takes a second
         return int(args.run(args))
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

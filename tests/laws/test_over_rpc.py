@@ -25,13 +25,14 @@ import llamacancel as lc
 from tests.conftest import GENERATIVE
 
 from . import test_pieces_of_a_graph as on_a_device
-from .clock import GENEROUS, NEVER, Flight, deadline_at
+from .clock import GENEROUS, NEVER, Flight, deadline_at, readings_of
 from .words import (
     ROOT,
     ModelPath,
     NewContext,
     batch,
     cancelled,
+    cancelled_at,
     close,
     dead,
     decode,
@@ -244,6 +245,21 @@ def test_closing_a_context_leaves_the_others_on_its_worker_alone(new_context: Ne
         if i % 3 == 2:
             new_context("llama").close()
         assert same_bits(decode(context, one), wanted[i])
+
+
+def test_a_single_token_is_handed_over_in_pieces_where_it_takes_longer_than_it_may(new_context: NewContext) -> None:
+    patient, hasty = new_context("llama", cancel_latency=60), new_context("llama", cancel_latency=1e-4)
+    assert patient.latency_plan.n_pieces_of_one == 0
+    n_pieces = hasty.latency_plan.n_pieces_of_one
+    assert n_pieces > 2
+    for context in (patient, hasty):
+        decode(context, batch((tokens(20), 0, 0)))
+    one = batch(([400], 20, 0))
+    error = cancelled_at(hasty, one, n_pieces // 2)
+    assert (error.rows_done, holds(hasty)[0][1]) == (0, 19)
+    looks = [readings_of(lambda context=context: context.decode(one, far())) for context in (patient, hasty)]
+    assert looks[1] - looks[0] > n_pieces // 2, "looks between pieces"
+    assert same_bits(patient.logits(), hasty.logits())
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------

@@ -243,6 +243,27 @@ def test_without_the_extra_a_line_says_how_to_get_it(args: list[str]) -> None:
     assert "Traceback" not in told.stderr
 
 
+PRESSED = """
+import sys
+from llamacancel.cli import main
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Press())
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("module", ["llamacancel.demo", "llamacancel.server.options", "uvicorn"])
+def test_ctrl_c_while_a_command_is_imported_stops_it_without_a_traceback(module: str) -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", PRESSED, module, "serve", "--model", str(MODEL)],
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert (told.returncode, told.stdout, told.stderr) == (130, "", "\nstopped\n")
+
+
 def test_without_the_extra_everything_else_works() -> None:
     for args in (["info"], ["generate", "--model", str(MODEL), *SMALL, "-n", "2", "Hello"], ["serve", "--help"]):
         told = subprocess.run([sys.executable, "-c", WITHOUT, *args], capture_output=True, text=True, timeout=PATIENCE)

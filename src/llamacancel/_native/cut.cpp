@@ -177,6 +177,7 @@ GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu, in
     const auto measure = on_cpu ? &Probe::longest_gap : &Probe::whole_pass;
 
     GapCost cost;
+    cost.seconds_of_one = on_cpu ? 0 : probe.whole_pass(1, 0);
     const double few = (probe.*measure)(few_rows, 0);
     if (!on_cpu && probe.stopped()) {  // with more rows it would only be stopped sooner
         cost.seconds_per_row = few / few_rows;
@@ -232,10 +233,11 @@ uint32_t Cut::pieces_at(uint32_t n_rows, uint32_t n_kv) const {
     if (n_pieces > 0) {
         return n_pieces;
     }
-    if (!on_device || n_rows == 1) {
+    if (!on_device) {
         return 0;
     }
-    const double gap = cost.seconds + n_rows * (cost.seconds_per_row + cost.seconds_per_row_kv * n_kv);
+    const double rows = std::max(cost.seconds_of_one, cost.seconds + n_rows * cost.seconds_per_row);
+    const double gap = rows + n_rows * cost.seconds_per_row_kv * n_kv;
     const double share = gap / (target * kGapShare);
     return share <= 1 ? 0 : std::min(kMostPieces, static_cast<uint32_t>(std::ceil(kPiecesPerGap * share)));
 }

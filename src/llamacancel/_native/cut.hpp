@@ -35,6 +35,7 @@ struct GapCost {
     double seconds = 0;             // however small the ubatch
     double seconds_per_row = 0;     // and more for each row
     double seconds_per_row_kv = 0;  // for each row and each cell that it looks at
+    double seconds_of_one = 0;      // of a single row, on other devices than the CPU: weights are read for it alone
     double seconds_per_output = 0;  // for each row with logits, where a node is the least that can be stopped
 };
 
@@ -62,7 +63,7 @@ struct Cut {
     // Most rows of a ubatch that looks at `n_kv` cells.
     uint32_t rows_at(uint32_t n_kv) const;
 
-    // Pieces in which the graph of a ubatch is handed to the device; 0: as a whole, as a single token always is.
+    // Pieces in which the graph of a ubatch is handed to the device; 0: as a whole.
     uint32_t pieces_at(uint32_t n_rows, uint32_t n_kv) const;
 
 private:
