@@ -11,6 +11,7 @@ from ._cancel import CancelToken, Cause
 from ._llama import _is_parked
 from .desk import Desk
 from .errors import ClosedError
+from .outcome import is_lost
 from .runner import Runner
 from .scheduler import Outcome, Plan, Request, Scheduler, place_of
 from .views import EngineSnapshot, RequestView, SlotView
@@ -70,6 +71,7 @@ class Core:
                 desk.stop = CancelToken()
             now = time.monotonic()
             self._empty_box(now)
+            self._see_to_embedder(now)
             self._take_changes()
             plan = scheduler.plan(now)
             self._take_changes()
@@ -96,6 +98,28 @@ class Core:
             self.scheduler.submit(work.request, work.request.submitted_at)
         if work.token.cancelled:
             self.scheduler.cancel(work.request, ending_of(work.token), now)
+
+    def _see_to_embedder(self, now: float) -> None:
+        """Has the context for embeddings made for the first in line, and takes it once it is there."""
+        embedder, scheduler = self.runner.embedder, self.scheduler
+        while True:
+            failure = embedder.take()
+            if failure is not None:
+                self._not_made(*failure, now)
+            first = scheduler.first_to_embed
+            scheduler.can_embed = embedder.context is not None
+            if first is None or scheduler.can_embed or embedder.busy:
+                return
+            embedder.begin(first)
+
+    def _not_made(self, request: Request, error: Exception, now: float) -> None:
+        if is_lost(error):
+            raise error
+        token = request.owner.token
+        if token.cancelled:
+            self.scheduler.cancel(request, ending_of(token), now)
+        else:
+            self.scheduler.fail(request, error, now)
 
     def _tell_all(self) -> None:
         """What a step has brought is told when the next one is planned: readers run while llama.cpp computes, and this

@@ -20,6 +20,7 @@ from ._params import integer, number
 from ._sampler import Sampler
 from .core import Core
 from .desk import Desk
+from .embedder import Embedder
 from .errors import InvalidBatchError
 from .generation import Embedding, EmbeddingWork, Generation, GenerationWork, Vocabulary
 from .handle import Handle
@@ -29,7 +30,7 @@ from .views import EngineSnapshot, RequestView
 from .work import Registration
 
 if TYPE_CHECKING:
-    from ._context import Pooling
+    from ._context import Context, Pooling
 
 __all__ = ["Engine"]
 
@@ -75,7 +76,7 @@ class Engine:
         aging: Seconds of waiting that are worth one level of priority.
         history: Finished requests that `snapshot()` remembers.
         pooling: How embeddings are pooled. None: as the model says, or "mean".
-        context_params: Further arguments of `Context`.
+        context_params: Further arguments of `Context`. A `token` cancels the making of the engine, and nothing later.
 
     Raises:
         ContextError: If llama.cpp cannot make such a context.
@@ -132,6 +133,7 @@ class Engine:
             unified=kv_unified,
             swa_full=context_params.get("swa_full", False),
         )
+        starting = context_params.pop("token", None)
         params = {
             "n_batch": max(n_batch, self._slots + rules.checkpoints),
             "n_threads": n_threads,
@@ -143,16 +145,19 @@ class Engine:
         embed_rows = n_batch - n_batch % self._slots
         self._embed_most = min(embed_rows, model.n_ctx_train)
         make_context = functools.partial(
-            model.context, n_ctx=n_ctx, n_ubatch=n_ubatch, n_seq_max=self._slots + rules.checkpoints, **params
+            _context_of, model, n_ctx=n_ctx, n_ubatch=n_ubatch, n_seq_max=self._slots + rules.checkpoints, **params
         )
         make_embedder = functools.partial(
-            model.context,
+            _context_of,
+            model,
             n_seq_max=self._slots,
             embeddings=True,
             pooling=pooling or _pooling_of(model),
             **{**params, "n_ctx": embed_rows, "n_batch": embed_rows, "kv_unified": True},
         )
-        runner = Runner(make_context if self._generates else None, make_embedder)
+        self._desk = desk = Desk(self._slots + self._queue_limit, self._queue_limit, history)
+        embedder = Embedder(make_embedder, functools.partial(desk.box.put, None))
+        runner = Runner(make_context if self._generates else None, embedder, starting)
         limits = Limits(
             slots=self._slots,
             queue_limit=self._queue_limit,
@@ -166,9 +171,8 @@ class Engine:
             prefix_cache=prefix_cache,
         )
         self._n_ctx = limits.n_ctx
-        self._desk = Desk(self._slots + self._queue_limit, self._queue_limit, history)
         scheduler = Scheduler(limits, replace(rules, cells=runner.cells))
-        self._core = Core(scheduler, runner, self._desk, stream_interval)
+        self._core = Core(scheduler, runner, desk, stream_interval)
         self._vocabulary = Vocabulary(model)
         self._core.start()
 
@@ -379,6 +383,10 @@ class Engine:
     def _check_open(self) -> None:
         self._desk.check_process()
         self._desk.check_open()
+
+
+def _context_of(model: Model, token: CancelToken | None, **params: Any) -> Context:
+    return model.context(token=token, **params)
 
 
 def _token_of(above: CancelToken | None, timeout: float | None) -> CancelToken:

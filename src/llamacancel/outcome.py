@@ -12,7 +12,9 @@ from .errors import (
     SequenceOutcome,
 )
 
-__all__ = ["cancelled_error", "for_a_reader"]
+__all__ = ["cancelled_error", "for_a_reader", "is_lost"]
+
+_LOST = "the connection to the RPC server"  # how the core says that a model is lost, and every context with it
 
 
 def cancelled_error(
@@ -52,3 +54,8 @@ def for_a_reader(error: BaseException) -> Exception:
     told = LlamaCancelError(f"the request failed: {type(error).__name__}: {error}")
     told.__cause__ = error
     return told
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a call failed because its model is lost."""
+    return str(error).startswith(_LOST)

@@ -12,6 +12,7 @@ from ._model import Model
 from ._result import DecodeResult
 from ._sampler import Sampler, choose_tokens
 from .batch import Batch
+from .embedder import Embedder
 from .errors import (
     ContextBusyError,
     DecodeCancelled,
@@ -22,7 +23,7 @@ from .errors import (
     SequenceOutcome,
 )
 from .generation import EmbeddingWork, GenerationWork
-from .outcome import for_a_reader
+from .outcome import for_a_reader, is_lost
 from .scheduler import Clear, Copy, Cut, Fault, MemoryRules, Outcome, Plan, Request, Rows, Sampled
 from .scheduler.plan import Action
 from .work import ending_of
@@ -31,7 +32,6 @@ __all__ = ["Runner", "rules_of"]
 
 _LEAST_COPY = 32  # tokens from which on it pays to copy a cache that another sequence has to itself, all of it
 _UNUSABLE = "the context is unusable"  # how the core says that an assertion has failed in it before
-_LOST = "the connection to the RPC server"  # how it says that the model is lost, and every context with it
 _AS_BEFORE = (DecodeFailedError, MemoryFullError, InvalidBatchError, DirtySequenceError, ContextBusyError, MemoryError)
 """What a decode raises that leaves the context as it was, but for what it says."""
 
@@ -81,11 +81,12 @@ class _StepBatch(Batch):
 
 
 class Runner:
-    """Runs plans in a context, and batches of embeddings in another one that is made when the first comes.
+    """Runs plans in a context, and batches of embeddings in another one.
 
     Args:
-        make_context: Makes the context for generations.
-        make_embedder: Makes the context for embeddings.
+        make_context: Makes the context for generations, given a token; None if there are none.
+        embedder: Has the context for embeddings.
+        token: Cancels the making of the first context.
 
     Attributes:
         stop: Cancelled to stop the step that is being run, for all of its requests. Each step listens to the one that
@@ -96,18 +97,21 @@ class Runner:
         decode_seconds: Time that llama.cpp has computed.
     """
 
-    def __init__(self, make_context: Callable[[], Context] | None, make_embedder: Callable[[], Context]) -> None:
+    def __init__(
+        self,
+        make_context: Callable[[CancelToken | None], Context] | None,
+        embedder: Embedder,
+        token: CancelToken | None = None,
+    ) -> None:
         self._make_context = make_context
-        self._make_embedder = make_embedder
+        self.embedder = embedder
         self.stop = CancelToken()
         self.n_ctx = self.n_batch = self.n_ubatch = 1
         self.unified = True
         self.cells: int | None = None
-        self._embedder: Context | None = None
-        self._embed_batch: Batch | None = None
         self.decode_seconds = 0.0
         if make_context is not None:
-            self.context = make_context()
+            self.context = make_context(token)
             self._memory = self.context.memory
             self._batch = _StepBatch(self.context.n_batch)
             self.n_ctx, self.n_batch, self.n_ubatch = (
@@ -123,8 +127,7 @@ class Runner:
         """Free the contexts."""
         if self._make_context is not None:
             self.context.close()
-        if self._embedder is not None:
-            self._embedder.close()
+        self.embedder.close()
 
     def run(self, plan: Plan) -> Outcome:
         """Does what is planned, and tells what came of it."""
@@ -145,12 +148,13 @@ class Runner:
         Raises:
             BaseException: `error`, if the model is lost; or why no context can be made any more.
         """
-        if str(error).startswith(_LOST):
+        if is_lost(error):
             raise error
-        try:
-            self._memory.clear()
-        except BaseException:
-            self._renew()
+        if self._make_context is not None:
+            try:
+                self._memory.clear()
+            except BaseException:
+                self._renew()
         return Outcome(fault=Fault.UPSET, error=for_a_reader(error), cancelled=self._cancelled(plan))
 
     def _cancelled(self, plan: Plan) -> dict[Request, Any]:
@@ -236,7 +240,7 @@ class Runner:
 
     def _failed(self, error: Exception, outcome: Outcome) -> None:
         outcome.error = error
-        if str(error).startswith(_LOST):
+        if is_lost(error):
             raise error
         if isinstance(error, DirtySequenceError):
             for seq in error.seq_ids:
@@ -252,7 +256,7 @@ class Runner:
     def _renew(self) -> None:
         assert self._make_context is not None
         self.context.close()
-        self.context = self._make_context()
+        self.context = self._make_context(None)
         self._memory = self.context.memory
 
     def _collect(
@@ -302,22 +306,18 @@ class Runner:
         try:
             self._embed_all(plan.embed, outcome)
         except BaseException as error:
-            if str(error).startswith(_LOST):
+            if is_lost(error):
                 raise
             outcome.error, outcome.fault = for_a_reader(error), Fault.FAILED
             outcome.cancelled = self._cancelled(plan)
-            embedder, self._embedder = self._embedder, None
-            if embedder is not None:
-                embedder.close()
+            self.embedder.drop()
         finally:
             outcome.seconds = time.perf_counter() - began
             self.decode_seconds += outcome.seconds
 
     def _embed_all(self, requests: list[Request], outcome: Outcome) -> None:
-        if self._embedder is None:
-            self._embedder = self._make_embedder()
-            self._embed_batch = Batch(self._embedder.n_batch)
-        context, batch = self._embedder, self._embed_batch
+        context, batch = self.embedder.context, self.embedder.batch
+        assert context is not None
         assert batch is not None
         batch.clear()
         for seq, request in enumerate(requests):

@@ -80,21 +80,21 @@ def put(e: lc.Engine, name: str, error: BaseException, at: int, patch: pytest.Mo
         once = Once(runner._compute, error, at)
         patch.setattr(runner, "_compute", once)
     elif name == "embedder.made":
-        once = Once(runner._make_embedder, error, 1)
-        patch.setattr(runner, "_make_embedder", once)
+        once = Once(runner.embedder._make, error, 1)
+        patch.setattr(runner.embedder, "_make", once)
     elif name.startswith("embedder."):
-        make = runner._make_embedder
+        make = runner.embedder._make
         once = Once(lambda: None, error, 1)
 
-        def made() -> Any:
-            context = make()
+        def made(token: lc.CancelToken | None) -> Any:
+            context = make(token)
             if name == "embedder.memory.clear":
                 once.fn = context.memory.clear
                 return Stand(context, memory=Stand(context.memory, clear=once))
             once.fn = getattr(context, name.partition(".")[2])
             return Stand(context, **{name.partition(".")[2]: once})
 
-        patch.setattr(runner, "_make_embedder", made)
+        patch.setattr(runner.embedder, "_make", made)
     elif name == "vocabulary":
         once = Once(e._vocabulary.__class__.__getitem__, error, at)
         patch.setattr(e._vocabulary.__class__, "__getitem__", lambda self, token: once(self, token))

@@ -17,7 +17,8 @@ GROUND = {"errors"}
 CORE = {"_cancel", "outcome", "_params", "batch", *GROUND}
 NATIVE_CORE = {"_library", "_llama", "_model", "_result", "_context", "_memory", "_sampler", "constraint", *CORE}
 ENGINE = {
-    "scheduler", "text", "usage", "views", "work", "names", "desk", "handle", "generation", "runner", "core",
+    "scheduler", "text", "usage", "views", "work", "names", "desk", "handle", "generation", "embedder", "runner",
+    "core",
     *NATIVE_CORE,
 }
 MAY_IMPORT: dict[str, set[str]] = {
@@ -48,7 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "desk": {"scheduler", "views", "work", "names", *CORE},
     "handle": {"scheduler", "usage", "views", "work", *CORE},
     "generation": {"scheduler", "text", "usage", "work", "handle", *NATIVE_CORE},
-    "runner": {"scheduler", "work", "generation", *NATIVE_CORE},
+    "embedder": {"scheduler", "_llama", "_context", *CORE},
+    "runner": {"scheduler", "work", "generation", "embedder", *NATIVE_CORE},
     "core": {"scheduler", "views", "work", "desk", "runner", "_llama", *CORE},
     "engine": ENGINE,
     "aio": {"engine", *ENGINE},

@@ -38,6 +38,7 @@ class Scheduler:
         sequences: What the memory holds: the slots, then the checkpoints.
         changes: Requests that changed their state, in order, once for each change; whoever reads empties it.
         in_flight: What was planned, until it is committed.
+        can_embed: There is a context for embeddings. None are planned without.
     """
 
     def __init__(self, limits: Limits, rules: MemoryRules) -> None:
@@ -51,6 +52,7 @@ class Scheduler:
         self.cells = Cells(rules.cells)
         self.changes: list[Request] = []
         self.in_flight: Flight | None = None
+        self.can_embed = True
         self._line: list[tuple[float, int, Request]] = []  # a heap; who left the queue lies in it until it comes up
         self._behind: dict[Request, list[tuple[float, int, Request]]] = {}  # who waits for the prompt of whom
         self._embed_line: list[tuple[float, int, Request]] = []
@@ -72,6 +74,11 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not (self.queue or self.active or self.embedding)
 
+    @property
+    def first_to_embed(self) -> Request | None:
+        """The first text in line to be embedded."""
+        return self._first(self._embed_line)
+
     def submit(self, request: Request, now: float) -> None:
         """Queue a request."""
         self._count += 1
@@ -90,6 +97,11 @@ class Scheduler:
             return False
         self._finish(request, ending, now)
         return True
+
+    def fail(self, request: Request, error: Exception, now: float) -> None:
+        """End a request between two steps with an error, if it has not ended before."""
+        if request.state != "finished":
+            self._finish(request, "error", now, error)
 
     def _enqueue(self, request: Request) -> None:
         request.state = "queued"
@@ -163,7 +175,7 @@ class Scheduler:
         return plan
 
     def _plan_embedding(self, plan: Plan, now: float) -> bool:
-        if self.active and self._embedded_last:
+        if not self.can_embed or (self.active and self._embedded_last):
             return False  # in turn with the generations
         rows = policy.embed_budget(self.limits, self.pace, len(self.active))
         while (request := self._first(self._embed_line)) is not None:
