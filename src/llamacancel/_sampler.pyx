@@ -318,11 +318,15 @@ cdef class Sampler:
         finally:
             self.busy = False
 
-    def clone(self):
+    def clone(self, *, Model model=None):
         """A sampler with the same options and a copy of the state.
+
+        Args:
+            model: Binds the clone at once, as it does a new sampler.
 
         Raises:
             ContextBusyError: If another thread uses the sampler.
+            ValueError: If the sampler is bound to another model's vocabulary, or cannot be bound.
         """
         cdef Sampler other = Sampler.__new__(Sampler)
         other.options = self.options
@@ -337,6 +341,8 @@ cdef class Sampler:
                 other.mask, other.masked = self.mask, self.masked
         finally:
             self.busy = False
+        if model is not None:
+            other._bind_model(model)
         return other
 
     def __repr__(self):

@@ -197,7 +197,8 @@ class Engine:
         Args:
             prompt: Text, or token ids.
             max_tokens: Most tokens to generate; None: until the text ends or the context is full.
-            sampler: Chooses the tokens; the generation gets a clone of it. None: `Sampler()`.
+            sampler: Chooses the tokens; the generation gets a clone of it. None: `Sampler()`. One that is bound to no
+                model is bound here, which takes its time where it has a large grammar.
             timeout: Seconds from now for all of it: queue, prompt and generation.
             token: Cancels it, with others perhaps.
             priority: Higher goes first.
@@ -233,7 +234,7 @@ class Engine:
             request,
             CancelToken.any_of(own, self._desk.token),
             vocabulary=self._vocabulary,
-            sampler=sampler.clone() if sampler is not None else Sampler(),
+            sampler=(sampler or Sampler()).clone(model=self._model),  # here: the engine's thread parses no grammar
             stop=_stops_of(stop),
             stop_tokens=frozenset(integer("a stop token", each, 0, _INT32) for each in stop_tokens),
             logprobs=logprobs,

@@ -225,6 +225,16 @@ def test_a_grammar_that_leaves_no_token_ends_its_generation_alone() -> None:
     assert same_answer("llama", other, answer("llama", prompt, 20))
 
 
+def test_a_grammar_is_parsed_by_whoever_submits_it_and_not_by_the_engine() -> None:
+    with engine() as e, Gate(e) as gate:
+        generation = e.submit(ids(5), max_tokens=1)
+        gate.wait()
+        with pytest.raises(ValueError, match="nowhere"):
+            e.submit(ids(5), sampler=lc.Sampler(grammar="root ::= nowhere"))
+        gate.open()
+        assert generation.result(60).finish_reason == "length"
+
+
 def test_a_grammar_shapes_the_text() -> None:
     with engine() as e:
         result = e.submit(ids(9), max_tokens=30, sampler=lc.Sampler(seed=1, grammar='root ::= "yes" | "no"')).result(60)

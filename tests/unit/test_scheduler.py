@@ -151,6 +151,9 @@ def test_a_prompt_beside_generations_gets_what_the_time_of_a_step_allows() -> No
     limits = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=64, step_seconds=0.1)
     pace = Pace()
     assert policy.prompt_budget(limits, pace, 2, 9999) == 62, "one ubatch, until it is known how long a row takes"
+    large = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=512, step_seconds=0.1)
+    assert policy.prompt_budget(large, pace, 2, 9999) == 64, "and no large one beside others"
+    assert policy.prompt_budget(large, pace, 0, 9999) == 512
     for _ in range(50):
         pace.observe(0, 2, 0.02)
         pace.observe(400, 2, 0.02 + 400 * 0.0002)

@@ -134,7 +134,7 @@ def prompt_budget(limits: Limits, pace: Pace, n_generating: int, wanted: int, by
     if limits.step_seconds is None or room <= 0:
         return max(room, 0)
     if pace.row_seconds is None:
-        rows = limits.n_ubatch
+        rows = min(limits.n_ubatch, _LEAST_ROWS) if n_generating else limits.n_ubatch
     elif n_generating:
         rows = int((limits.step_seconds - pace.step_seconds) / pace.row_seconds)
     else:

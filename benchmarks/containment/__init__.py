@@ -1,0 +1,1 @@
+"""What strangers' requests do to a neighbour's stream: the longest time between two of its pieces."""
