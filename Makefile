@@ -10,6 +10,11 @@ EXTRA     := test
 BUILD_DIR := build/{wheel_tag}
 # What gpu-check builds for.
 BACKEND   := CUDA
+# What test-asan runs.
+ASAN_TESTS := $(addprefix tests/unit/test_,batch.py context.py memory.py state.py sampler.py grammars.py constraints.py \
+              tokenize.py token.py bad_input.py) \
+              $(addprefix tests/laws/test_law_0,1_scope.py 2_identity.py 3_truth.py 4_rollback.py 7_neighbours.py) \
+              tests/laws/test_random_schedules.py
 TOOLS     := 'scikit-build-core>=0.11' 'cython>=3.1' 'cython-cmake>=0.2' 'cmake>=3.21' ninja
 
 # A folder of wheels to install from, where there is no network; `make gpu-wheelhouse` fills one.
@@ -20,7 +25,7 @@ export PIP_FIND_LINKS := $(abspath $(WHEELHOUSE))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native soak bench gpu-check vulkan-check gpu-wheelhouse build lint clean
+.PHONY: help demo test test-native test-asan fuzz soak bench gpu-check vulkan-check gpu-wheelhouse build lint clean
 
 help:           ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -33,6 +38,15 @@ test: build test-native  ## set everything up and run all tests
 
 test-native:    ## test the cancel core alone: plain, under ASan and UBSan, under TSan
 	tests/native/run.sh
+
+test-asan:      ## with llama.cpp and all of ours under ASan and UBSan: the core's laws and bad input (an hour; ASAN_TESTS='...')
+	$(MAKE) build VENV=.venv-asan BUILD_DIR=build/asan CMAKE_ARGS="-DLLAMACANCEL_SANITIZE=ON $(CMAKE_ARGS)"
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so):$$($(CC) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+		.venv-asan/bin/python -m pytest -p no:cacheprovider $(ASAN_TESTS)
+
+fuzz: build     ## random schemas, grammars, bodies, files, states: SECONDS=600 long; what fails is kept as a case (FUZZ_ARGS='--only chat')
+	$(PY) -m tests.fuzz $(if $(SECONDS),--seconds $(SECONDS)) $(FUZZ_ARGS)
 
 soak: build     ## random schedules with cancels against a twin, to the bit: SECONDS=600 long, or CANCELS=100000 a memory kind
 	$(PY) -m tests.laws.schedules $(if $(SECONDS),--seconds $(SECONDS)) $(if $(CANCELS),--cancels $(CANCELS)) $(SOAK_ARGS)
@@ -77,4 +91,4 @@ lint: build     ## what a reviewer's tools would say
 	$(PY) -m mypy
 
 clean:          ## remove everything that was built, and the environment
-	rm -rf build $(VENV) .venv-gpu-* dist
+	rm -rf build $(VENV) .venv-gpu-* .venv-asan dist
