@@ -38,7 +38,7 @@ def server_of(exact_model: Callable[[str], lc.Model]) -> Iterator[Callable[[str]
 
         def start(arch: str) -> Served:
             if arch not in servers:
-                servers[arch] = stack.enter_context(serving(exact_model(arch)))
+                servers[arch] = stack.enter_context(serving(exact_model(arch), app={"operator_key": "operator"}))
             return servers[arch]
 
         yield start

@@ -20,6 +20,7 @@ import llamacancel as lc
 from llamacancel.server import create_app
 from llamacancel.server.protocol import ListeningProtocol
 from llamacancel.server.run import Server
+from llamacancel.server.service import NOBODY
 from llamacancel.views import EngineSnapshot, RequestView
 
 PATIENCE = 60.0
@@ -123,10 +124,12 @@ class Served:
         app: Its app.
     """
 
-    def __init__(self, engine: lc.Engine, **options: Any) -> None:
+    def __init__(self, engine: lc.Engine, *, opaque: bool = False, **options: Any) -> None:
         self.engine = engine
         self.app = create_app(engine, **{"drain_timeout": 20.0, **options})
         self.service = self.app.state.service
+        if not opaque:
+            self.service.name_of = lambda request_id: request_id  # so that a test finds its requests in the engine
         self._hold: Hold | None = None
         self._run = engine._core.runner.run
         engine._core.runner.run = self._gated
@@ -192,6 +195,10 @@ class Served:
             self.service.model = self.engine.model
             reading.end()
 
+    def group(self, request_id: str) -> Any:
+        """The request that its client, who has no key, calls so, if it is on its way."""
+        return self.service.groups.get((NOBODY, request_id))
+
     def wait_known(self, *request_ids: str) -> None:
         """Wait until the engine has requests, which wait or run."""
 
@@ -219,7 +226,7 @@ class Served:
         """Wait until the server knows that the client of a request it had begun is gone, and has cancelled it."""
 
         def noticed() -> bool:
-            group = self.service.groups.get(request_id)
+            group = self.group(request_id)
             return group is None or (group.disconnected and group.token.cancelled)
 
         eventually(noticed, f"the hang-up of {request_id}")

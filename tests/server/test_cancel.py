@@ -149,7 +149,7 @@ def test_delete_can_take_one_of_several_answers(llama: Served) -> None:
         asking = Asking(llama, COMPLETIONS, greedy("Go on", 40, n=2), name)
         hold.wait()
         threading.Thread(target=delete, args=(llama, f"{name}.1"), daemon=True).start()
-        eventually(lambda: llama.service.groups[name].works[1].generation._token.cancelled)
+        eventually(lambda: llama.group(name).works[1].generation._token.cancelled)
         hold.release()
     choices = asking.answer().json()["choices"]
     assert [choice["finish_reason"] for choice in choices] == ["length", "cancelled"]
@@ -203,7 +203,7 @@ def test_a_stream_whose_time_is_over_ends_with_that_reason(served: Served) -> No
 
 def _cancelled(served: Served, name: str) -> bool:
     """Whether a request has been told to end, or has ended."""
-    group = served.service.groups.get(name)
+    group = served.group(name)
     if group is None or not group.works:
         return served.finished(name) is not None
     return all(work.generation._token.cancelled for work in group.works)

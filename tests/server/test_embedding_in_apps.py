@@ -16,6 +16,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 import llamacancel as lc
 from llamacancel.server import create_app
+from llamacancel.server.service import NOBODY
 
 from .served import PATIENCE, eventually, greedy
 
@@ -117,9 +118,9 @@ def test_a_hang_up_is_noticed_through_the_middleware_of_others(engine: lc.Engine
     engine._core.runner.run = held
     with running(app) as url:
         asyncio.run(quit_halfway(url))
-        eventually(lambda: app.state.service.groups[name].disconnected)
+        eventually(lambda: app.state.service.groups[NOBODY, name].disconnected)
         open_.set()
-        eventually(lambda: name not in app.state.service.groups)
+        eventually(lambda: (NOBODY, name) not in app.state.service.groups)
     assert [view.finish_reason for view in engine.snapshot().recent] == ["cancelled"]
 
 

@@ -146,8 +146,8 @@ def test_a_client_that_gives_up_waiting_cancels_its_request(client: openai.OpenA
     with served.held(any_step) as hold:
         with contextlib.closing(client.with_options(timeout=0.3)) as impatient, pytest.raises(openai.APITimeoutError):
             impatient.completions.create(model="any", prompt="x", extra_headers={"X-Request-Id": name})
-        eventually(lambda: name not in served.service.groups or served.service.groups[name].disconnected)
+        eventually(lambda: served.group(name) is None or served.group(name).disconnected)
         hold.release()
-    eventually(lambda: name not in served.service.groups)
+    eventually(lambda: served.group(name) is None)
     view = served.finished(name)
     assert view is None or view.finish_reason == "cancelled"

@@ -267,7 +267,7 @@ def test_the_page_shows_what_runs_and_waits_and_its_button_cancels_one_alone(
 ) -> None:
     body, alone = known_text(llama, 40, 91, 12)
     kept, dropped, waiting = new_id("kept"), new_id("dropped"), new_id("waiting")
-    browser.open(llama.url)
+    browser.open(f"{llama.url}/#key=operator")
     eventually(lambda: browser.is_connection("live"), "the connection")
     answers: dict[str, Any] = {}
 
@@ -313,7 +313,7 @@ def test_the_page_shows_what_runs_and_waits_and_its_button_cancels_one_alone(
         button = browser.press_cancel(dropped)
         assert button.text.startswith("Cancelling")
         assert button.get_attribute("aria-disabled") == "true"
-        eventually(lambda: llama.service.groups[dropped].works[0].generation._token.cancelled, "the cancel")
+        eventually(lambda: llama.group(dropped).works[0].generation._token.cancelled, "the cancel")
         hold.release()
 
     lane = browser.wait_row(dropped, lambda row: row["end"] is not None)
@@ -370,7 +370,7 @@ def test_a_client_that_hangs_up_in_the_queue_is_shown_so(llama: Served, browser:
 
 @in_a_browser
 def test_a_hostile_name_is_shown_as_text_and_can_be_cancelled(llama: Served, browser: Browser) -> None:
-    browser.open(llama.url)
+    browser.open(f"{llama.url}/#key=operator")
     eventually(lambda: browser.is_connection("live"), "the connection")
     hostile = HOSTILE.replace("/", "|")
     with llama.held(any_step) as hold:

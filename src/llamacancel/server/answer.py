@@ -138,7 +138,6 @@ class GenerationResponse(Response):
     ) -> None:
         super().__init__()
         self._service, self._request, self._prepare, self._form = service, request, prepare, form
-        self._id: str = request.state.request_id
         self._timeout, self._stream = timeout, stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -165,7 +164,7 @@ class GenerationResponse(Response):
                 priority=job.priority,
                 stop=job.stop,
                 logprobs=job.logprobs,
-                request_id=f"{self._id}.{index}" if several else self._id,
+                request_id=f"{run.group.name}.{index}" if several else run.group.name,
             )
             run.generations.append(generation)
             run.group.works.append(generation)

@@ -229,7 +229,7 @@ class SlotInfo(BaseModel):
 
 
 class RequestInfo(BaseModel):
-    """A request of the engine; times are Unix seconds."""
+    """A request of the engine; times are Unix seconds. `id` is a name for all to see; `yours`: you may cancel it."""
 
     id: str
     kind: Literal["generation", "embedding"]
@@ -249,6 +249,7 @@ class RequestInfo(BaseModel):
     cause: str | None
     reason: str | None
     cancel_latency: float | None
+    yours: bool
 
 
 class Snapshot(BaseModel):

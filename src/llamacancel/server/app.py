@@ -17,7 +17,7 @@ from .. import __version__
 from ..engine import Engine
 from . import chat, completions, embeddings, errors, live, ops
 from .bodies import MOST_BYTES, schemas_of
-from .limits import ApiKeys, BodyLimit, LastResort, RequestIds
+from .limits import ApiKeys, BodyLimit, Hosts, LastResort, RequestIds
 from .schemas import ChatBody, CompletionBody, DetokenizeBody, EmbeddingsBody, TokenizeBody
 from .service import Service
 
@@ -31,6 +31,8 @@ def create_app(
     *,
     model_name: str | None = None,
     api_keys: Iterable[str] = (),
+    operator_key: str | None = None,
+    allowed_hosts: Sequence[str] = ("*",),
     cors_origins: Sequence[str] = (),
     max_body_bytes: int = MOST_BYTES,
     request_timeout: float | None = None,
@@ -47,6 +49,9 @@ def create_app(
         engine: Does the work.
         model_name: What answers call the model; by default its file's name.
         api_keys: Keys of which a request needs one; none: no key is needed.
+        operator_key: A key whose holder may cancel everybody's requests. Others may cancel those that they can name:
+            where there are keys, those of their own key.
+        allowed_hosts: Names by which requests may call the server while no key is needed, beside addresses; "*": any.
         cors_origins: Origins whose pages may use the API, or "*" for all.
         max_body_bytes: Longest body of a request.
         request_timeout: Seconds for each request, queue, prompt and answer together. A request may ask for less.
@@ -84,7 +89,8 @@ def create_app(
         middleware=[
             Middleware(RequestIds, on_answer=_counter(service)),
             *_cors(cors_origins),
-            *([Middleware(ApiKeys, keys=keys)] if keys else []),
+            *([] if keys or "*" in allowed_hosts else [Middleware(Hosts, names=allowed_hosts)]),
+            Middleware(ApiKeys, keys=keys, operator_key=operator_key),
             Middleware(BodyLimit, max_bytes=max_body_bytes),
             Middleware(LastResort),
         ],

@@ -97,7 +97,6 @@ class _EmbeddingsResponse(Response):
     def __init__(self, service: Service, request: Request, body: EmbeddingsBody, timeout: float | None) -> None:
         super().__init__()
         self._service, self._request, self._body, self._timeout = service, request, body, timeout
-        self._id: str = request.state.request_id
         self._prompts: list[list[int]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,7 +118,7 @@ class _EmbeddingsResponse(Response):
             self._prompts[index],
             token=group.token,
             priority=self._body.priority or 0,
-            request_id=f"{self._id}.{index}" if len(self._prompts) > 1 else self._id,
+            request_id=f"{group.name}.{index}" if len(self._prompts) > 1 else group.name,
         )
         works.append(_AwaitableEmbedding(embedding))
         group.works.append(works[-1])

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .disconnect import watched
-from .service import Service
+from .service import Asker, Service
 from .snapshots import Snapshots
 from .sse import EventStream, event
 
@@ -25,9 +25,9 @@ LIFETIME = 60.0
 class EventsResponse(Response):
     """Sends the state of the engine, at once and after each change, until the client leaves or the app closes."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, asker: Asker) -> None:
         super().__init__()
-        self._service = service
+        self._service, self._asker = service, asker
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
@@ -59,7 +59,7 @@ class EventsResponse(Response):
             forget()
 
     async def _send(self, stream: EventStream, changed: asyncio.Event, over: asyncio.Event) -> None:
-        snapshots = Snapshots(self._service.engine, self._service.model_name)
+        snapshots = Snapshots(self._service, self._asker)
         end = time.monotonic() + LIFETIME
         await stream.write(b"retry: 500\n\n")
         while not over.is_set() and time.monotonic() < end and not self._service.closing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import logging
 import re
 import uuid
@@ -13,8 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import live
 from .errors import ApiError, error_response
+from .service import NOBODY, Asker
 
-__all__ = ["ApiKeys", "BodyLimit", "LastResort", "RequestIds"]
+__all__ = ["ApiKeys", "BodyLimit", "Hosts", "LastResort", "NoPaths", "RequestIds"]
 
 logger = logging.getLogger("llamacancel.server")
 
@@ -64,14 +66,26 @@ class RequestIds:
 
 
 class ApiKeys:
-    """Refuses requests without one of the keys, in a time that does not depend on how much of a key is right."""
+    """Tells requests by their keys, in a time that does not depend on how much of a key is right, and refuses those
+    without one where keys are needed.
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+    Args:
+        app: What answers.
+        keys: Keys of which a request needs one; none: no key is needed.
+        operator_key: A further one, whose holder may cancel everybody's requests.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str], operator_key: str | None) -> None:
         self._app = app
         self._digests = [_digest(key.encode()) for key in keys]
+        self._operator = None if operator_key is None else _digest(operator_key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _path(scope) not in OPEN_PATHS and not self._holds_key(scope):
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        asker = self._asker(scope)
+        scope.setdefault("state", {})["asker"] = asker
+        if self._digests and asker == NOBODY and _path(scope) not in OPEN_PATHS:
             error = ApiError(
                 401,
                 "this needs an API key: Authorization: Bearer KEY",
@@ -81,11 +95,52 @@ class ApiKeys:
             return await error_response(error)(scope, receive, send)
         await self._app(scope, receive, send)
 
-    def _holds_key(self, scope: Scope) -> bool:
+    def _asker(self, scope: Scope) -> Asker:
         kind, _, key = (header(scope, b"authorization") or "").partition(" ")
+        if kind.lower() != "bearer":
+            return NOBODY
         given = _digest(key.strip().encode("latin-1"))
+        if self._operator is not None and hmac.compare_digest(given, self._operator):
+            return Asker(given, operator=True)
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return kind.lower() == "bearer" and any(matches)
+        return Asker(given) if any(matches) else NOBODY
+
+
+class Hosts:
+    """Refuses requests that call the server by a name that is not its own, while anyone may ask.
+
+    A page of a stranger's can have its own name lead to this machine, and would be of the same origin then. It cannot
+    be served from an address, so addresses are taken.
+
+    Args:
+        app: What answers.
+        names: The server's names; "*": any.
+    """
+
+    def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
+        self._app = app
+        self._names = {name.lower().rstrip(".") for name in names}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = header(scope, b"host") if scope["type"] == "http" else None
+        if given is None or self._is_ours(given):
+            return await self._app(scope, receive, send)
+        words = f"this server is not called {given[:200]}: --allowed-host lets it be"
+        await error_response(ApiError(403, words, param="Host", code="host_not_allowed"))(scope, receive, send)
+
+    def _is_ours(self, given: str) -> bool:
+        name = given.lower()
+        if name.startswith("["):
+            name = name[1:].partition("]")[0]
+        else:
+            name = name.partition(":")[0].rstrip(".")
+        if name in self._names or name.endswith(".localhost"):
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
 
 
 def _path(scope: Scope) -> str:
@@ -140,6 +195,21 @@ class BodyLimit:
         return ApiError(413, f"the body is longer than {self._max} bytes", code="body_too_long")
 
 
+class NoPaths(logging.Filter):
+    """Takes out of a log what a path tells of a request: whoever knows its id could cancel it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(shown(each) if isinstance(each, str) else each for each in record.args)
+        return True
+
+
+def shown(path: str) -> str:
+    """A path as it may be told to others."""
+    before, found, _ = path.partition("/v1/requests/")
+    return before + found + "..." if found else path
+
+
 class LastResort:
     """Tells an exception that nobody expected as an error of the server, and logs it."""
 
@@ -161,5 +231,5 @@ class LastResort:
         except Exception:
             if started:
                 raise
-            logger.exception("%s %s failed", scope["method"], scope["path"])
+            logger.exception("%s %s failed", scope["method"], shown(scope["path"]))
             await error_response(ApiError(500, "the server failed; its log tells more"))(scope, receive, send)

@@ -16,7 +16,7 @@ from .events import EventsResponse
 from .metrics import CONTENT_TYPE
 from .prompts import under_token
 from .schemas import DetokenizeBody, TokenizeBody
-from .service import Service, TimeoutHeader
+from .service import Asker, Service, TimeoutHeader
 from .snapshots import Snapshots
 from .sse import json_of
 
@@ -71,29 +71,32 @@ async def get_model(request: Request, model: str) -> Response:
 async def cancel_request(
     request: Request, request_id: Annotated[str, Path(description="As in the header X-Request-Id of its answer.")]
 ) -> Response:
-    """Cancel a request: all of it, or one of several generations by its own id. Answers when the slots are free."""
-    cancelled, latency = await _cancel(_service(request), request_id)
+    """Cancel a request: all of it, or one of several generations by its own id. Answers when the slots are free.
+
+    Where there are keys, it finds the requests of one's own key alone, also by the names in `/slots`.
+    """
+    cancelled, latency = await _cancel(_service(request), request.state.asker, request_id)
     if not cancelled:
         raise ApiError(404, f"there is no unfinished request {request_id[:200]}", code="request_not_found")
     return JSONResponse({"id": request_id, "cancelled": True, "cancel_latency": latency})
 
 
-async def _cancel(service: Service, request_id: str) -> tuple[bool, float | None]:
+async def _cancel(service: Service, asker: Asker, request_id: str) -> tuple[bool, float | None]:
     """Whether there was an unfinished request; and the seconds until its slots were free, if we know."""
     reason = "cancelled by DELETE"
-    group = service.groups.get(request_id)
-    if group is not None:
-        if not group.cancel(reason):
-            return False, None
-        await group.settle()
-        return True, group.cancel_latency
-    work = service.find(request_id)
+    found = service.find(asker, request_id)
+    if found is None:  # one from beside the server, through the same engine, is the operator's business
+        return asker.operator and service.engine.cancel(request_id, reason), None
+    group, work = found
     if work is not None:
         if not work.cancel(reason):
             return False, None
         await work.wait()
         return True, work.view().cancel_latency
-    return service.engine.cancel(request_id, reason), None  # from beside the server, through the same engine
+    if not group.cancel(reason):
+        return False, None
+    await group.settle()
+    return True, group.cancel_latency
 
 
 @router.post(
@@ -153,6 +156,7 @@ async def detokenize(
         return JSONResponse({"content": await under_token(group, work)})
 
 
+@router.head("/health", include_in_schema=False)
 @router.get(
     "/health",
     response_model=answers.Health,
@@ -162,7 +166,7 @@ async def detokenize(
 async def health(request: Request) -> Response:
     """Whether new requests are taken. Needs no key."""
     service = _service(request)
-    closing = service.closing or service.engine.closed or service.engine.snapshot().closing
+    closing = service.closing or service.engine.closed
     status = "shutting down" if closing else "ok"
     return JSONResponse({"status": status, "model": service.model_name}, status_code=503 if closing else 200)
 
@@ -181,8 +185,7 @@ async def metrics(request: Request) -> Response:
 @router.get("/slots", response_model=answers.Snapshot, responses=answers.ERRORS, tags=["state"])
 async def slots(request: Request) -> Response:
     """Slots, queue, and the last requests."""
-    service = _service(request)
-    return JSONResponse(Snapshots(service.engine, service.model_name).whole())
+    return JSONResponse(Snapshots(_service(request), request.state.asker).whole())
 
 
 @router.get(
@@ -193,4 +196,4 @@ async def slots(request: Request) -> Response:
 )
 async def events(request: Request) -> Response:
     """As `/slots`, again whenever something changes; after the first, `recent` has only what is new."""
-    return EventsResponse(_service(request))
+    return EventsResponse(_service(request), request.state.asker)

@@ -71,6 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="key that requests need; may be repeated. Also from the environment: LLAMACANCEL_API_KEY, with commas",
     )  # fmt: skip
     api.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME",
+        help="further name by which requests may call this server while there is no key, or *; may be repeated",
+    )  # fmt: skip
+    api.add_argument(
         "--cors-origin", action="append", default=[], metavar="ORIGIN",
         help="origin whose web pages may use the API, or *; may be repeated",
     )  # fmt: skip

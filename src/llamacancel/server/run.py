@@ -8,6 +8,7 @@ import contextlib
 import logging
 import math
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ import uvicorn
 
 from .. import Engine, Model
 from .app import create_app
+from .limits import NoPaths
 from .protocol import ListeningProtocol
 from .service import Service
 
@@ -28,20 +30,24 @@ __all__ = ["run"]
 class Server(uvicorn.Server):
     """uvicorn, which begins to drain the engine as soon as it is told to stop, and exits without a signal."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, operator_key: str | None = None) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._operator_key = service, operator_key
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         engine = self._service.engine
         for listener in sockets or []:
             host, port = listener.getsockname()[:2]
+            at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             print(
-                f"serving {self._service.model_name} on http://{f'[{host}]' if ':' in host else host}:{port} "
-                f"({engine.slots} slots, {engine.n_ctx} tokens of context)",
+                f"serving {self._service.model_name} on {at} ({engine.slots} slots, {engine.n_ctx} tokens of context)",
                 flush=True,
             )
+            if self._operator_key is not None:
+                print(
+                    f"the live page, with the right to cancel any request: {at}/#key={self._operator_key}", flush=True
+                )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if not self.force_exit:
@@ -87,10 +93,14 @@ def run(args: argparse.Namespace) -> int:
             stream_interval=args.stream_interval,
         )
         with engine:
+            given_key = os.environ.get("LLAMACANCEL_OPERATOR_KEY", "").strip()
+            operator_key = given_key or secrets.token_urlsafe(16)
             app = create_app(
                 engine,
                 model_name=args.alias,
                 api_keys=_keys(args.api_key),
+                operator_key=operator_key,
+                allowed_hosts=_hosts(args.host, args.allowed_host),
                 cors_origins=args.cors_origin,
                 max_body_bytes=args.max_body,
                 request_timeout=args.timeout,
@@ -108,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
                 timeout_keep_alive=65,
                 timeout_graceful_shutdown=math.ceil(args.drain_timeout) + 5,
             )
-            Server(config, app.state.service).run(sockets=[listener])
+            Server(config, app.state.service, None if given_key else operator_key).run(sockets=[listener])
     return 0
 
 
@@ -146,6 +156,11 @@ def _load(args: argparse.Namespace) -> Model:
         raise
 
 
+def _hosts(host: str, allowed: list[str]) -> list[str]:
+    """The names that requests may call the server by. An address is always one: no page can be served from it."""
+    return ["localhost", host, socket.gethostname(), socket.getfqdn(), *allowed]
+
+
 def _keys(given: list[str]) -> list[str]:
     from_environment = os.environ.get("LLAMACANCEL_API_KEY", "")
     return [key for key in [*given, *from_environment.split(",")] if key.strip()]
@@ -157,3 +172,4 @@ def _set_up_logging(verbose: bool) -> None:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    logging.getLogger("uvicorn.access").addFilter(NoPaths())

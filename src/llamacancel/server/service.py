@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -37,6 +38,23 @@ TimeoutHeader = Annotated[
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks.
+
+    Attributes:
+        key: The digest of its key; empty where it has none.
+        operator: Whether it may cancel everybody's requests.
+    """
+
+    key: bytes = b""
+    operator: bool = False
+
+
+NOBODY = Asker()
+"""Who has no key: anyone, as far as is known."""
+
+
 class Work(Protocol):
     """A generation or an embedding of the engine."""
 
@@ -52,6 +70,10 @@ class Group:
     """An HTTP request on its way, and what it has the engine do: cancelled together, under the request's id.
 
     Attributes:
+        id: What its client calls it: enough to cancel it, and told to its client alone.
+        name: What the engine, and all who look at it, call it.
+        owner: Whose it is.
+        over: Set once it has ended, and another one may have its id.
         token: The parent of all that is done for it, from its arrival on; it has the request's deadline.
         size: Bytes of its body, which bound the work that making prompts of it can be.
         preparing: Who may make prompts in a thread at the same time.
@@ -61,12 +83,15 @@ class Group:
     """
 
     id: str
+    name: str
+    owner: Asker
     endpoint: str
     token: CancelToken
     size: int
     preparing: anyio.CapacityLimiter
     works: list[Work] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
     disconnected: bool = False
 
     def cancel(self, reason: str = "") -> bool:
@@ -141,7 +166,9 @@ class Service:
         self.request_timeout = request_timeout
         self.drain_timeout = drain_timeout
         self.metrics = Metrics(engine.snapshot)
-        self.groups: dict[str, Group] = {}
+        self.groups: dict[tuple[Asker, str], Group] = {}
+        self.names: dict[str, Group] = {}
+        self.name_of: Callable[[str], str] = lambda _: f"req-{secrets.token_hex(8)}"
         self.parsing = anyio.CapacityLimiter(1)
         self.preparing = anyio.CapacityLimiter(max(2, (os.cpu_count() or 1) // 2))
         self.closing = False
@@ -176,7 +203,8 @@ class Service:
     async def group(self, request: Request, endpoint: str, timeout: float | None) -> AsyncIterator[Group]:
         """A group for a request, known under its id for as long as it lasts, and cancelled when its client hangs up.
 
-        It ends when the slots are free again, however it ends.
+        It ends when the slots are free again, however it ends. The id of one that was cancelled is waited for: who
+        tries again is not to be told that its first attempt has not ended yet.
 
         Args:
             request: The request; its body has been read.
@@ -186,18 +214,22 @@ class Service:
         Raises:
             ApiError: 409, if a request with this id is on its way.
         """
-        request_id: str = request.state.request_id
-        if request_id in self.groups:
-            raise ApiError(
-                409,
-                f"a request with the id {request_id} is not finished yet",
-                param="X-Request-Id",
-                code="duplicate_request_id",
-                headers=NO_RETRY,
-            )
-        group = self.groups[request_id] = Group(
-            request_id, endpoint, CancelToken(timeout=timeout), request.state.body_size, self.preparing
-        )
+        token = CancelToken(timeout=timeout)
+        owner: Asker = request.state.asker
+        key = owner, request.state.request_id
+        while (other := self.groups.get(key)) is not None:
+            if not other.token.cancelled:
+                raise ApiError(
+                    409,
+                    f"a request with the id {key[1]} is not finished yet",
+                    param="X-Request-Id",
+                    code="duplicate_request_id",
+                    headers=NO_RETRY,
+                )
+            await other.over.wait()
+        name = self.name_of(key[1])
+        group = Group(key[1], name, owner, endpoint, token, request.state.body_size, self.preparing)
+        self.groups[key] = self.names[name] = group
         try:
             async with watched(request.receive, group.hang_up):
                 yield group
@@ -211,11 +243,33 @@ class Service:
                 await group.settle()
                 self.count(group)
             finally:
-                del self.groups[request_id]
+                del self.groups[key], self.names[name]
+                group.over.set()
 
-    def find(self, request_id: str) -> Work | None:
-        """The unfinished work with an id of its own."""
-        return next((work for group in self.groups.values() for work in group.works if work.id == request_id), None)
+    def find(self, asker: Asker, request_id: str) -> tuple[Group, Work | None] | None:
+        """The request that has an id, and that somebody may cancel; and its work, if it is one of several's id.
+
+        A request is found by what its client calls it, for who asks with the same key. The name that is shown of it
+        will do for the operator, and for the holder of the key that it came with.
+        """
+        for whole, index in ((request_id, ""), request_id.rpartition(".")[::2]):
+            group = self.groups.get((asker, whole))
+            if group is None and self.may_cancel(asker, whole):
+                group = self.names.get(whole)
+            if group is None:
+                continue
+            if not index:
+                return group, None
+            work = next((work for work in group.works if work.id == f"{group.name}.{index}"), None)
+            return None if work is None else (group, work)
+        return None
+
+    def may_cancel(self, asker: Asker, name: str) -> bool:
+        """Whether somebody may cancel the request that is shown under a name."""
+        if asker.operator:
+            return True
+        group = self.names.get(name) or self.names.get(name.rpartition(".")[0])
+        return group is not None and group.owner == asker != NOBODY
 
     def count(self, group: Group) -> None:
         """Count what became of a group that has ended."""

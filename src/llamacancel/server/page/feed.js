@@ -23,10 +23,13 @@ export const key = {
 };
 
 function recall() {
+  const given = new URLSearchParams(location.hash.slice(1)).get("key"); // what the server printed, for who started it
+  if (given) history.replaceState(null, "", location.pathname + location.search);
   try {
+    if (given) sessionStorage.setItem(STORED, given);
     return sessionStorage.getItem(STORED) ?? "";
   } catch {
-    return "";
+    return given ?? "";
   }
 }
 

@@ -239,6 +239,7 @@ class Row {
   tell(view, end) {
     if (!end) {
       say(this.what, doing(view));
+      this.button.hidden = !view.yours;
       this.button.setAttribute("aria-label", `Cancel request ${view.id}`);
       return;
     }

@@ -155,6 +155,7 @@ export function showQueue(state, onCancel) {
       const about = [some(view.prompt_tokens, "token"), view.priority ? `priority ${view.priority}` : "", view.waits_for_memory ? "waits for memory" : ""];
       say(work.children[1], about.filter(Boolean).join(" · "));
       say(held, wait(now - view.submitted_at));
+      element.lastChild.hidden = !view.yours;
     },
   );
 }
