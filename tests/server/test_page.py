@@ -423,7 +423,8 @@ def test_the_page_says_that_the_stream_was_cut_and_connects_again(llama: Served,
 def test_the_page_asks_for_a_key_once_and_keeps_it_for_the_tab(
     exact_model: Callable[[str], lc.Model], browser: Browser
 ) -> None:
-    with serving(exact_model("llama"), app={"api_keys": ["open sesame"]}) as served:
+    app = {"api_keys": ["a client's"], "operator_key": "open sesame"}
+    with serving(exact_model("llama"), app=app) as served:
         browser.open(served.url)
         eventually(lambda: browser.shown("key-form"), "the question for the key")
         assert not browser.shown("content")
