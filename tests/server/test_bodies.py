@@ -203,7 +203,7 @@ def test_an_error_that_nobody_foresaw_is_told_of_its_own_request(
     def take(*_: object) -> None:
         raise IndexError("a fault of the server")
 
-    monkeypatch.setattr("llamacancel.generation.Generation._take", take)
+    monkeypatch.setattr("llamacancel.generation.GenerationWork.take", take)
     answer = llama.post(COMPLETIONS, greedy("x", 4, stream=stream))
     error = events_of(answer.text)[-1]["error"] if stream else error_of(answer, 500)
     assert error["message"] == "the generation failed: a fault of the server"

@@ -45,9 +45,9 @@ class Asking(threading.Thread):
         return self._answer
 
 
-def delete(served: Served, request_id: str) -> httpx.Response:
+def delete(served: Served, request_id: str, **headers: str) -> httpx.Response:
     with served.client() as client:
-        return client.delete(f"/v1/requests/{request_id}")
+        return client.delete(f"/v1/requests/{request_id}", headers=headers)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_delete_reaches_what_others_have_the_engine_do(llama: Served) -> None:
     with llama.held(any_step) as hold:
         generation = llama.engine.submit("Beside the server", request_id=name)
         hold.wait()
-        assert delete(llama, name).status_code == 200
+        assert delete(llama, name, Authorization="Bearer operator").status_code == 200
         hold.release()
         assert generation.wait(PATIENCE)
     assert generation.finish_reason == "cancelled"

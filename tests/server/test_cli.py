@@ -92,7 +92,7 @@ LONG = {"prompt": "Go on", "max_tokens": 400, "temperature": 0, "stream": True, 
 
 def request_of(body: dict[str, Any]) -> bytes:
     content = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
