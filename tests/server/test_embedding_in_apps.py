@@ -95,6 +95,7 @@ def test_a_hang_up_is_noticed_through_the_middleware_of_others(engine: lc.Engine
 
     app = create_app(engine)
     app.add_middleware(BaseHTTPMiddleware, dispatch=passing)
+    app.state.service.name_of = lambda request_id: request_id  # so that the engine's view of it is found
     name = f"quitter-{stream}"
 
     async def quit_halfway(url: str) -> None:
