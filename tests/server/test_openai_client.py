@@ -104,7 +104,7 @@ def test_a_structured_answer(client: openai.OpenAI) -> None:
 
 def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
-        client.completions.create(model="any", prompt="x", temperature=7)
+        client.completions.create(model="any", prompt="x", temperature=-7)
     assert bad.value.param == "temperature"
     with pytest.raises(openai.NotFoundError):
         client.get("/nothing", cast_to=object)
