@@ -270,6 +270,18 @@ def test_the_pieces_of_a_long_prompt_are_whole_tiles() -> None:
     assert counts == [640, 640, 640, 80]
 
 
+def test_a_row_that_a_prompt_has_in_the_ubatch_of_others_fills_no_tile_of_its_own() -> None:
+    limits = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=512, step_seconds=0.1)
+    pace = Pace()
+    pace.row_seconds = 1.0
+    assert policy.prompt_budget(limits, pace, 1, 9999, by_sequence=True) == 65
+    assert policy.prompt_budget(limits, pace, 0, 9999, by_sequence=True) == 64
+    assert policy.whole_tiles(65, 2000, 65, shared=1) == 65
+    assert policy.whole_tiles(64, 2000, 65, shared=1) == 64, "less than a tile, but all that there is"
+    assert policy.whole_tiles(700, 2000, 700, shared=1) == 641
+    assert policy.whole_tiles(300, 300, 700, shared=1) == 300
+
+
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 3000))
 def test_a_piece_of_a_prompt_is_whole_tiles_unless_it_ends_the_prompt_or_the_step_were_much_shorter(
     most: int, wanted: int, budget: int

@@ -225,11 +225,13 @@ class Scheduler:
                 if not given:
                     self._wait_for_memory(request)
         n_complete, n_behind, rows_behind = 0, len(prompts), sum(shares)
+        by_sequence = self.rules.by_sequence
+        shared = int(by_sequence and plan.n_other_rows > 0)
         for request, (want, _), given in zip(prompts, wants, shares, strict=True):
             if policy.ends_here(self.limits, self.pace, n_complete, n_behind, rows_behind):
                 break
             rows_behind -= given
-            count = policy.whole_tiles(given, want, budget, self.rules.by_sequence and plan.n_prompt_rows > 0)
+            count = policy.whole_tiles(given, want, budget, by_sequence and plan.n_prompt_rows > 0, shared)
             if not count:
                 continue
             last = count == request.rows_left
