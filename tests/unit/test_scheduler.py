@@ -270,6 +270,17 @@ def test_the_pieces_of_a_long_prompt_are_whole_tiles() -> None:
     assert counts == [640, 640, 640, 80]
 
 
+def test_steps_stay_near_their_time_while_the_rows_of_a_long_prompt_get_dearer() -> None:
+    limits = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=512, step_seconds=0.4)
+    pace, at = Pace(), 0
+    while at < 1000:
+        rows = policy.prompt_budget(limits, pace, 1, 9999, by_sequence=True)
+        seconds = sum(0.002 * (1 + (at + i) / 500) for i in range(rows))
+        assert seconds < 1.5 * 0.4
+        pace.observe(rows, 1, seconds)
+        at += rows
+
+
 def test_a_row_that_a_prompt_has_in_the_ubatch_of_others_fills_no_tile_of_its_own() -> None:
     limits = Limits(slots=4, queue_limit=1, n_ctx=1, n_batch=2048, n_ubatch=512, step_seconds=0.1)
     pace = Pace()

@@ -87,6 +87,7 @@ class Pace:
     __slots__ = ("embed_row_seconds", "patience", "row_seconds", "step_seconds")
 
     _WEIGHT = 0.2
+    _WEIGHT_DEARER = 0.5  # a guess: rows get dearer as a prompt gets longer, and neighbours wait for too long steps
 
     def __init__(self) -> None:
         self.row_seconds: float | None = None
@@ -120,7 +121,9 @@ class Pace:
         return copied
 
     def _nearer(self, known: float | None, measured: float) -> float:
-        return measured if known is None else known + self._WEIGHT * (measured - known)
+        if known is None:
+            return measured
+        return known + (self._WEIGHT_DEARER if measured > known else self._WEIGHT) * (measured - known)
 
 
 def prompt_budget(limits: Limits, pace: Pace, n_generating: int, wanted: int, by_sequence: bool = False) -> int:
