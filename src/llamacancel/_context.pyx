@@ -65,7 +65,8 @@ cdef class Context:
             looks at the token between. None: no aim.
         embeddings: Compute embeddings. Every row is an output then.
         pooling: "none", "mean", "cls", "last" or "rank"; None for what the model says.
-        kv_unified: One cache for all sequences, which may then share rows. False: n_ctx is divided among them.
+        kv_unified: One cache for all sequences, which may then share rows. False: n_ctx is divided among them. Without
+            flash attention a sequence in whose numbers there is NaN spoils those that share its cache.
         flash_attn: True, False or "auto".
         type_k, type_v: Types of the cache: "f16", "q8_0", ...
         swa_full: Keep all positions in a sliding-window cache, so that any can be removed again.

@@ -44,7 +44,7 @@ cdef class Memory:
         cdef ContextBox * box = self.context.box.get()
         if box.memory().memory == NULL:
             box.release()
-            raise ContextError("the model is an encoder: its contexts have no memory")
+            raise ContextError("the model computes without a memory: its contexts have none")
         return box
 
     def clear(self, token=None):
@@ -72,7 +72,7 @@ cdef class Memory:
             raise_status(status, "clear", problem)
 
     def remove(self, seq_id, p0=0, p1=-1):
-        """Forget positions p0 to p1 (without it; negative: the end) of a sequence.
+        """Forget positions p0 to p1 (without it; negative: the end) of a sequence. What nobody else holds is zeroed.
 
         Returns:
             False, with nothing changed, if that cannot be done: part of a recurrent state, or so much of a
@@ -186,6 +186,7 @@ cdef class State:
         Raises:
             DecodeCancelled: If `token` was cancelled first.
             DirtySequenceError: If the sequence is dirty.
+            StateError: If the model has an encoder and a decoder: what the encoder made is no part of a sequence.
             DecodeFailedError: If it lies on an RPC server to which the connection was lost.
         """
         cdef llama_seq_id seq = self.context._check_seq(seq_id)
@@ -323,7 +324,7 @@ cdef class State:
         cdef ContextBox * box = self.context.box.get()
         if box.memory().memory == NULL:
             box.release()
-            raise ContextError("the model is an encoder: its contexts have no state")
+            raise ContextError("the model computes without a memory: its contexts have no state")
         return box
 
     cdef object _error(self, str what, const string & message):

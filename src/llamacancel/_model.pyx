@@ -327,8 +327,8 @@ cdef class Model:
     def memory_kind(self):
         """What the model's contexts remember with.
 
-        "attention", "sliding_window", "recurrent", "hybrid", "hybrid_sliding_window", "none" (an encoder), or
-        "other" (a class of llama.cpp's that cannot be restored).
+        "attention", "sliding_window", "recurrent", "hybrid", "hybrid_sliding_window", "none" (an encoder, or a
+        model of text diffusion), or "other" (a class of llama.cpp's that cannot be restored).
         """
         self._check_open()
         return name_of(self.box.get().memory_kind()).decode()

@@ -59,7 +59,8 @@ class Engine:
         kv_unified: True: all slots share one cache, so that a request may be longer than `n_ctx / slots`, and a common
             beginning is held once. False: each slot has a cache of its own, and no row looks at the cells of others,
             which with many slots is much faster. None: False for plain attention, where prefixes can be taken over
-            all the same; True for the others.
+            all the same; True for the others. In a shared cache without flash attention numbers that overflow in one
+            request (NaN) spoil those that run beside it: give False with `flash_attn=False`.
         n_batch: Most rows of a step, and most tokens of a text to embed.
         n_ubatch: Rows computed at a time. None: chosen from `cancel_latency`.
         n_threads, n_threads_batch: As for `Context`.

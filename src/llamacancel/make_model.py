@@ -37,6 +37,7 @@ ARCHITECTURES: dict[str, str] = {
     "hybrid-swa": "short convolutions with sliding-window attention among them (lfm2)",
     "positions": "plain attention, a learned table of 512 positions (gpt2)",
     "encdec": "encoder and decoder (t5)",
+    "diffusion": "plain attention both ways, without memory; with logits (llada)",
     "embedding": "encoder without memory, mean pooling (bert)",
 }
 SIZES: dict[str, str] = {
@@ -112,6 +113,7 @@ _SHAPES: dict[tuple[str, str], Shape] = {
     ("positions", "small"): replace(_SMALL, n_head_kv=8, n_ctx=512),
     ("encdec", "tiny"): replace(_TINY, n_layer=2, n_head_kv=2, head_dim=32),
     ("encdec", "small"): replace(_SMALL, n_layer=4, n_ff=1024, n_head_kv=8),
+    ("diffusion", "tiny"): _TINY,
     ("embedding", "tiny"): replace(_TINY, n_layer=3, n_head_kv=2, head_dim=32),
     ("embedding", "small"): replace(_SMALL, n_embd=384, n_layer=12, n_ff=1536, n_head=12, n_head_kv=12, head_dim=32),
 }
@@ -519,6 +521,7 @@ _BUILDERS: dict[str, tuple[str, Callable[[ModelWriter, Shape], None]]] = {
     "hybrid-swa": ("lfm2", _build_lfm2),
     "positions": ("gpt2", _build_gpt2),
     "encdec": ("t5", _build_t5),
+    "diffusion": ("llada", _build_llama),
     "embedding": ("bert", _build_bert),
 }
 

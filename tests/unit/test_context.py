@@ -421,6 +421,25 @@ def test_an_encoders_output_is_what_the_decoder_attends_to(model_of: LoadedModel
     assert seen[0] == seen[1] != seen[2]
 
 
+def test_a_model_without_a_memory_has_logits_for_each_row_that_sees_all_others(
+    model_of: LoadedModel, new_context: NewContext
+) -> None:
+    tokens = prompt(model_of("diffusion"), 17)
+    context = new_context("diffusion", n_ubatch=None)
+    assert context.memory.kind == "none"
+    context.decode(batch_of(tokens, logits="all"))
+    first = np.array([context.logits(i) for i in range(17)])
+    assert np.isfinite(first).all()
+    assert np.ptp(first, axis=1).min() > 1
+    tokens[-1] += 1
+    context.decode(batch_of(tokens, logits="all"))
+    second = np.array([context.logits(i) for i in range(17)])
+    assert (first != second).any(axis=1).all()
+    context.decode(batch_of(tokens[:5], logits="all"))
+    context.decode(batch_of(tokens, logits="all"))
+    assert np.array_equal(second, [context.logits(i) for i in range(17)])
+
+
 # -- the rest
 
 

@@ -150,3 +150,59 @@ def test_a_copy_that_is_cancelled_leaves_its_target_empty(arch: str, new_context
     assert cancelled > 2
     context.memory.copy(0, 1)
     assert bits(context, 1, 40) == bits(other, 1, 40)
+
+
+def spoil(context: lc.Context, state: bytes) -> None:
+    """Has sequence 0 hold NaN, as that of a request whose numbers overflowed does."""
+    context.state.load(0, with_nan(state))
+    context.decode(batch_of(np.arange(1000, 1130, dtype=np.int32), pos=300, seq_id=0))
+    assert np.isnan(context.logits(-1)).all()
+
+
+def give_up(how: str, context: lc.Context) -> None:
+    """Ends sequence 0 in one of the ways in which a request's cells are given up."""
+    more = np.arange(2000, 2120, dtype=np.int32)
+    if how == "rolled back":
+        with deadline_at(6), pytest.raises(lc.DecodeCancelled):
+            context.decode(batch_of(more, pos=430, seq_id=0), lc.CancelToken(timeout=FAR))
+        assert context.memory.pos_max(0) == 429
+    elif how in ("cancelled beside another", "rolled back to the last ubatch"):
+        batch = lc.Batch(240, 1)
+        batch.add_sequence(more, 430, 0, "last")
+        batch.add_sequence(more, 0, 1, "last")
+        keep = how == "rolled back to the last ubatch"
+        with deadline_at(6):
+            context.decode(batch, {0: lc.CancelToken(timeout=FAR)}, on_cancel="keep" if keep else "rollback")
+        assert context.memory.pos_max(1) == 119
+        context.memory.remove(1)
+    elif how == "kept another":
+        context.memory.keep(1)
+    elif how == "cut":
+        context.memory.remove(0, 400)
+    context.memory.remove(0)
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(
+    "how",
+    ["removed", "cut", "kept another", "rolled back", "cancelled beside another", "rolled back to the last ubatch"],
+)
+@pytest.mark.parametrize("arch", ["llama", "swa"])
+def test_what_a_sequence_leaves_spoils_no_other(
+    arch: str, how: str, streams: bool, flash_attn: bool, model_of: LoadedModel, new_context: NewContext
+) -> None:
+    context, new = (
+        new_context(arch, n_seq_max=2, n_ctx=2048, n_ubatch=16, kv_unified=not streams, flash_attn=flash_attn)
+        for _ in range(2)
+    )
+    new.decode(batch_of(prompt(model_of(arch), 300)))
+    state = new.state.save(0)
+    new.memory.clear()
+    spoil(context, state)
+    give_up(how, context)
+    wanted = [bits(new, seq, n=90) for seq in range(2)]
+    found = [bits(context, seq, n=90) for seq in range(2)]
+    assert not np.isnan(np.frombuffer(b"".join(found), np.float32)).any()
+    if streams or arch == "llama":  # a window that was in use lies elsewhere: its sums have another order
+        assert found == wanted

@@ -258,6 +258,16 @@ def test_contexts_can_exchange_states_at_the_same_time(model_of: LoadedModel, ne
     assert set(seen) == {wanted}
 
 
+def test_a_state_that_would_leave_out_an_encoders_output_is_refused(new_context: NewContext) -> None:
+    context = new_context("encdec")
+    context.encode(batch_of(np.arange(9, 13, dtype=np.int32)))
+    context.decode(batch_of(np.array([0], np.int32)))
+    logits = context.logits().tobytes()
+    with pytest.raises(lc.StateError, match="encoder"):
+        context.state.save(0)
+    assert context.logits().tobytes() == logits
+
+
 def test_the_state_says_whose_it_is(new_context: NewContext) -> None:
     context = new_context("llama")
     assert repr(context.state) == f"<State of {context!r}>"

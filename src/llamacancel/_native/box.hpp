@@ -193,6 +193,9 @@ private:
     // True if a sliding window has dropped what a token at `next` would look back on: going on there would be wrong.
     bool forgot(llama_seq_id seq, llama_pos next) const;
 
+    // Runs `change`, which removes from the memory, and leaves nothing in the cells that it empties.
+    void forget(const std::function<void()> & change);
+
     // Waits until what was written to the memory has arrived; throws if a device that holds some of it is gone.
     void confirm() const;
 

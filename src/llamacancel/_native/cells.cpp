@@ -1,5 +1,6 @@
 #include "cells.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -9,6 +10,8 @@
 namespace llamacancel {
 
 namespace {
+
+constexpr size_t kRowsAtOnce = 1024;
 
 size_t column_bytes(const ggml_tensor * v) { return v->ne[0] * ggml_element_size(v); }
 
@@ -31,10 +34,7 @@ CellData::CellData(std::vector<ggml_tensor *> k, std::vector<ggml_tensor *> v, b
     for (const ggml_tensor * tensor : v_) bytes_ += transposed ? column_bytes(tensor) : tensor->nb[1];
 }
 
-void CellData::copy(const std::vector<uint32_t> & cells, uint8_t * bytes, bool set) const {
-    if (cells.empty()) {
-        return;
-    }
+std::vector<CellData::Run> CellData::runs_of(const std::vector<uint32_t> & cells) {
     std::vector<Run> runs;
     for (size_t i = 0; i < cells.size(); ++i) {
         if (i > 0 && cells[i] == cells[i - 1] + 1) {
@@ -43,6 +43,48 @@ void CellData::copy(const std::vector<uint32_t> & cells, uint8_t * bytes, bool s
             runs.push_back({i, cells[i], 1});
         }
     }
+    return runs;
+}
+
+void CellData::clear(const std::vector<uint32_t> & cells) const {
+    const auto is_host = [](const ggml_tensor * tensor) {
+        return ggml_backend_buffer_is_host((tensor->view_src ? tensor->view_src : tensor)->buffer);
+    };
+    std::vector<uint8_t> zeros;  // for devices
+    const auto clear_part = [&](ggml_tensor * tensor, size_t offset, size_t size, size_t n, size_t stride) {
+        if (is_host(tensor)) {
+            for (size_t i = 0; i < n; ++i) {
+                std::memset(static_cast<uint8_t *>(tensor->data) + offset + i * stride, 0, size);
+            }
+            return;
+        }
+        zeros.resize(std::max(zeros.size(), n * size));
+        ggml_backend_tensor_set_2d(tensor, zeros.data(), offset, size, n, stride, size);
+    };
+    for (const Run & run : runs_of(cells)) {
+        const auto clear_rows = [&](ggml_tensor * tensor) {
+            for (size_t i = 0; i < run.n; i += kRowsAtOnce) {
+                const size_t n = std::min(kRowsAtOnce, run.n - i);
+                clear_part(tensor, (run.cell + i) * tensor->nb[1], n * tensor->nb[1], 1, 0);
+            }
+        };
+        for (ggml_tensor * k : k_) clear_rows(k);
+        for (ggml_tensor * v : v_) {
+            if (transposed_) {
+                const size_t size = ggml_element_size(v);
+                clear_part(v, run.cell * size, run.n * size, v->ne[0], v->ne[1] * size);
+            } else {
+                clear_rows(v);
+            }
+        }
+    }
+}
+
+void CellData::copy(const std::vector<uint32_t> & cells, uint8_t * bytes, bool set) const {
+    if (cells.empty()) {
+        return;
+    }
+    const std::vector<Run> runs = runs_of(cells);
     for (ggml_tensor * k : k_) {
         copy_rows(k, runs, bytes, set);
         bytes += k->nb[1];

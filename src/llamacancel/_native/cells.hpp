@@ -23,8 +23,12 @@ public:
         copy(cells, const_cast<uint8_t *>(from), true);
     }
 
+    // Zeroes cells, whatever they held.
+    void clear(const std::vector<uint32_t> & cells) const;
+
 private:
     struct Run;
+    static std::vector<Run> runs_of(const std::vector<uint32_t> & cells);
     void copy(const std::vector<uint32_t> & cells, uint8_t * bytes, bool set) const;
     void copy_rows(ggml_tensor * tensor, const std::vector<Run> & runs, uint8_t * bytes, bool set) const;
     void copy_columns(ggml_tensor * tensor, const std::vector<Run> & runs, uint8_t * bytes, bool set) const;

@@ -362,6 +362,16 @@ bool ContextBox::forgot(llama_seq_id seq, llama_pos next) const {
     return memory_.forgets() && looks_back_to < memory_.pos_min(seq);
 }
 
+void ContextBox::forget(const std::function<void()> & change) {
+    written_.look();
+    try {
+        AssertionGuard guard;
+        forget_by(memory_, change);
+    } catch (const AssertionFailed & error) {  // on a device that is gone
+        broken_ = error.what();
+    }
+}
+
 bool ContextBox::remove(llama_seq_id seq, llama_pos p0, llama_pos p1) {
     const InFlight in_flight;
     const llama_pos last = memory_.pos_max(seq);
@@ -373,14 +383,12 @@ bool ContextBox::remove(llama_seq_id seq, llama_pos p0, llama_pos p1) {
     if (!whole && memory_.recurrent && p0 <= last && p1 >= 0 && p0 < p1) {
         return false;
     }
-    written_.look();
-    if (!memory_.memory->seq_rm(seq, whole ? -1 : p0, whole ? -1 : p1)) {
-        return false;
-    }
-    if (whole) {
+    bool removed = false;
+    forget([&] { removed = memory_.memory->seq_rm(seq, whole ? -1 : p0, whole ? -1 : p1); });
+    if (removed && whole) {
         dirty_.erase(seq);
     }
-    return true;
+    return removed;
 }
 
 Status ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1, Call & call,
@@ -428,8 +436,7 @@ Status ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_
         confirm();
         return Status::Done;
     } catch (const Stopped &) {
-        written_.look();
-        memory_.memory->seq_rm(to, -1, -1);
+        forget([&] { memory_.memory->seq_rm(to, -1, -1); });
         return Status::Cancelled;
     } catch (const AssertionFailed & error) {
         broken_ = error.what();
@@ -441,14 +448,15 @@ Status ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_
 
 void ContextBox::keep(llama_seq_id seq) {
     const InFlight in_flight;
-    written_.look();
-    memory_.memory->seq_keep(seq);
-    // With a cache for each sequence, llama.cpp looks at that of `seq` alone.
-    for (llama_seq_id other = 0; other < llama_seq_id(llama_n_seq_max(ctx_)); ++other) {
-        if (other != seq && memory_.pos_max(other) >= 0) {
-            memory_.memory->seq_rm(other, -1, -1);
+    forget([&] {
+        memory_.memory->seq_keep(seq);
+        // With a cache for each sequence, llama.cpp looks at that of `seq` alone.
+        for (llama_seq_id other = 0; other < llama_seq_id(llama_n_seq_max(ctx_)); ++other) {
+            if (other != seq && memory_.pos_max(other) >= 0) {
+                memory_.memory->seq_rm(other, -1, -1);
+            }
         }
-    }
+    });
     const bool dirty = dirty_.count(seq) != 0;
     dirty_.clear();
     if (dirty) {

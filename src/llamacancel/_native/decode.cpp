@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstring>
 #include <set>
+#include <utility>
 
 #include "box.hpp"
 #include "llama-batch.h"
@@ -147,6 +148,7 @@ public:
                 do {
                     begin();
                 } while (compute_all() && runs_again());
+                box_.journal_.scrub();
             } catch (const std::bad_alloc &) {
                 outputs_ = {};
                 failed(Status::NoMemory, "out of memory");
@@ -254,7 +256,11 @@ private:
     int32_t compute(llama_batch batch) {
         QuietLog quiet(call_.stopped_inside());
         box_.stop_between(box_.cut_.pieces_at(batch.n_tokens, batch.pos[batch.n_tokens - 1] + 1));
+        const bool touched = std::exchange(box_.journal_.touched, true);
         const int32_t code = encoding_ ? llama_encode(box_.ctx_, batch) : llama_decode(box_.ctx_, batch);
+        if (code == 1) {  // no room: found before the graph
+            box_.journal_.touched = touched;
+        }
         llama_synchronize(box_.ctx_);
         const std::string lost = box_.model_->lost_server();
         if (!lost.empty()) {
@@ -356,8 +362,8 @@ private:
             const float * values = llama_get_embeddings(box_.ctx_);
             outputs_.own_embeddings.insert(outputs_.own_embeddings.end(), values, values + added * outputs_.n_embd);
         }
-        if (!box_.memory_.memory || encoding_) {
-            return;  // an encoder has no logits
+        if (encoding_ && !llama_model_is_diffusion(box_.model_->get())) {
+            return;  // an encoder has no logits; a model that computes without a memory may have some
         }
         const float * logits = llama_get_logits(box_.ctx_);
         if (chunk.last && before == 0) {

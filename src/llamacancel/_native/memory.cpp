@@ -109,6 +109,33 @@ void pretend_to_hold(llama_kv_cache & cache, uint32_t n_cells) {
     }
 }
 
+void forget_by(const Memory & memory, const std::function<void()> & change) {
+    std::vector<std::vector<uint32_t>> held;  // by cache and stream
+    for (llama_kv_cache * cache : memory.caches) {
+        for (const llama_kv_cells & cells : cells_of(*cache)) {
+            held.emplace_back();
+            for (uint32_t idx = cells.used_min(); idx < cells.used_max_p1(); ++idx) {
+                if (!cells.is_empty(idx)) {
+                    held.back().push_back(idx);
+                }
+            }
+        }
+    }
+    change();
+    auto of_stream = held.begin();
+    for (llama_kv_cache * cache : memory.caches) {
+        for (uint32_t stream = 0; stream < cache->get_n_stream(); ++stream, ++of_stream) {
+            const llama_kv_cells & cells = cells_of(*cache)[stream];
+            of_stream->erase(std::remove_if(of_stream->begin(), of_stream->end(),
+                                            [&](uint32_t idx) { return !cells.is_empty(idx); }),
+                             of_stream->end());
+            if (!of_stream->empty()) {
+                data_of(*cache, stream).clear(*of_stream);
+            }
+        }
+    }
+}
+
 Memory::Memory(llama_memory_i * memory, bool output_all) : memory(memory) {
     if (!memory) {
         return;
@@ -361,6 +388,21 @@ struct Undo::Cache {
         }
     }
 
+    void scrub(bool written) {
+        std::vector<uint32_t> emptied;
+        for (const Group & group : groups) {
+            const llama_kv_cells & cells = cells_of(cache)[group.stream];
+            emptied.clear();
+            for (const auto * touched : {&group.empty, &group.idxs}) {
+                if (written || touched == &group.idxs) {
+                    std::copy_if(touched->begin(), touched->end(), std::back_inserter(emptied),
+                                 [&](uint32_t idx) { return cells.is_empty(idx); });
+                }
+            }
+            data[group.stream].clear(emptied);
+        }
+    }
+
     size_t bytes() const noexcept {
         size_t total = 0;
         for (const Group & group : groups) {
@@ -422,6 +464,10 @@ void Undo::restore() {
     if (recurrent_) recurrent_->restore();
 }
 
+void Undo::scrub(bool written) {
+    for (auto & cache : caches_) cache->scrub(written);
+}
+
 bool Undo::restore_sequence(llama_seq_id seq, llama_pos next) {
     bool whole = !recurrent_ || recurrent_->restore_sequence(seq);
     for (auto & cache : caches_) {
@@ -442,8 +488,15 @@ void Journal::begin(std::vector<llama_seq_id> seqs, bool keep) {
     seqs_ = std::move(seqs);
     keep_ = keep;
     n_ubatches_ = 0;
+    touched = false;
     look(held_at_start_, used_at_start_);
     origin_.begin();
+}
+
+void Journal::scrub() {
+    if (memory_.forgets()) {
+        origin_.scrub(false);
+    }
 }
 
 void Journal::end() {
@@ -497,6 +550,7 @@ std::optional<std::vector<llama_seq_id>> Journal::rollback_beside(const std::vec
             return std::nullopt;
         }
     }
+    origin_.scrub(true);
     return dirty;
 }
 
@@ -516,11 +570,12 @@ void Journal::look(std::vector<Held> & held, std::vector<uint32_t> & used) const
 std::vector<llama_seq_id> Journal::repair(Undo & undo, const std::vector<Held> & held,
                                           const std::vector<uint32_t> & used) {
     std::vector<llama_seq_id> dirty;
-    if (!memory_.memory) {
+    if (!memory_.memory || !touched) {
         return dirty;
     }
     if (memory_.restorable()) {
         undo.restore();
+        undo.scrub(true);
     }
     std::vector<Held> held_now;
     std::vector<uint32_t> used_now;

@@ -34,7 +34,7 @@ enum class Split : uint8_t { Simple, Equal, EqualSequential, BySequence };
 struct Memory {
     explicit Memory(llama_memory_i * memory, bool output_all);
 
-    llama_memory_i * memory;  // null for an encoder
+    llama_memory_i * memory;  // null for an encoder, and for what computes all rows anew
     MemoryKind kind = MemoryKind::None;
     Split split = Split::Simple;
     std::vector<llama_kv_cache *> caches;
@@ -51,6 +51,9 @@ struct Memory {
     llama_pos pos_min(llama_seq_id seq) const { return memory ? memory->seq_pos_min(seq) : -1; }
     llama_pos pos_max(llama_seq_id seq) const { return memory ? memory->seq_pos_max(seq) : -1; }
 };
+
+// Runs `change`, which forgets sequences, and zeroes the cells that it has emptied.
+void forget_by(const Memory & memory, const std::function<void()> & change);
 
 // Marks the first `n_cells` of an empty cache as positions of sequence 0, as if they had been decoded: for measuring.
 void pretend_to_hold(llama_kv_cache & cache, uint32_t n_cells);
@@ -84,6 +87,10 @@ public:
     // token at `next` would look at cannot go back where it was; restore() still can.
     bool restore_sequence(llama_seq_id seq, llama_pos next);
 
+    // Zeroes what cells that were saved hold, where they are empty now; those that were empty before, too, if `written`.
+    // What an empty cell holds is masked, but a NaN spoils whoever computes with it: 0 times NaN is NaN.
+    void scrub(bool written);
+
     size_t bytes() const noexcept;  // saved since begin()
 
 private:
@@ -100,8 +107,12 @@ public:
 
     // `keep`: rollback_last() may be asked for; costs a second copy of what each ubatch but the first overwrites.
     void begin(std::vector<llama_seq_id> seqs, bool keep);
-    void end();  // the call will not be rolled back any more
+    void scrub();  // zeroes what the window has dropped; before end(), when the call will not be rolled back any more
+    void end();    // the call will not be rolled back any more
     bool before(const llama_ubatch & ubatch, int n_threads);
+
+    // True once a graph that writes to the memory was begun: before, nobody is dirty, whatever happened.
+    bool touched = false;
 
     // Each returns the sequences that it could not repair. What it did was looked at afterwards.
     std::vector<llama_seq_id> rollback();

@@ -76,10 +76,22 @@ private:
     size_t at_ = 0;
 };
 
+// Such a state would be of no use: the decoder attends to what the encoder made of its text.
+bool leaves_out_encoded(const ModelBox & model, std::string & message) {
+    if (!llama_model_has_encoder(model.get()) || !llama_model_has_decoder(model.get())) {
+        return false;
+    }
+    message = "the model has an encoder, whose output is no part of a sequence: encode and decode the text again";
+    return true;
+}
+
 }  // namespace
 
 Status ContextBox::save_state(llama_seq_id seq, Call & call, std::vector<uint8_t> & bytes, std::string & message) {
     const InFlight in_flight;
+    if (leaves_out_encoded(*model_, message)) {
+        return Status::Failed;
+    }
     try {
         AssertionGuard guard;
         poll(call);
@@ -100,6 +112,9 @@ Status ContextBox::save_state(llama_seq_id seq, Call & call, std::vector<uint8_t
 Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t size, Call & call,
                               std::string & message) {
     const InFlight in_flight;
+    if (leaves_out_encoded(*model_, message)) {
+        return Status::Failed;
+    }
     const bool held = memory_.pos_max(seq) >= 0;
     Undo undo(memory_);
     Status status = Status::Done;
@@ -123,6 +138,7 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
         if (!reader.at_end()) {
             throw std::runtime_error("the state has bytes left over");
         }
+        undo.scrub(false);
         confirm();
         dirty_.erase(seq);
         return Status::Done;
@@ -140,6 +156,7 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
         AssertionGuard guard;
         if (memory_.restorable()) {
             undo.restore();
+            undo.scrub(true);
             confirm();
         } else if (held) {
             dirty_.insert(seq);
