@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from ._cancel import CancelToken
 from ._model import Model
-from ._params import integer, number
+from ._params import POOLING, integer, number
 from ._sampler import Sampler
 from .core import Core
 from .desk import Desk
@@ -125,6 +125,8 @@ class Engine:
             n_ctx = self._slots * min(longest, _CTX_EACH)
         self._generates = model.memory_kind != "none" and not model.has_encoder
         self._embeds = not (model.has_encoder and model.has_decoder)
+        pooling = pooling or _pooling_of(model)
+        self._ranks = pooling == "rank" or (pooling is None and _file_says(model) == str(POOLING["rank"]))
         if kv_unified is None:
             kv_unified = model.memory_kind != "attention"
         rules = rules_of(
@@ -153,7 +155,7 @@ class Engine:
             model,
             n_seq_max=self._slots,
             embeddings=True,
-            pooling=pooling or _pooling_of(model),
+            pooling=pooling,
             **{**params, "n_ctx": embed_rows, "n_batch": embed_rows, "kv_unified": True},
         )
         self._desk = desk = Desk(self._slots + self._queue_limit, self._queue_limit, history)
@@ -344,6 +346,16 @@ class Engine:
         return self._desk.closing
 
     @property
+    def failure(self) -> BaseException | None:
+        """What ended it, where that was no `close()`: the loss of an RPC server, say."""
+        return self._desk.failure
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the model ranks: what `embed()` gives then are scores, and no vector."""
+        return self._ranks
+
+    @property
     def slots(self) -> int:
         """Requests that run at the same time."""
         return self._slots
@@ -416,5 +428,9 @@ def _stops_of(stop: str | Iterable[str]) -> tuple[str, ...]:
 
 def _pooling_of(model: Model) -> Pooling | None:
     """None if the model's file says how to pool, else "mean"."""
-    architecture = model.metadata.get("general.architecture", "")
-    return None if f"{architecture}.pooling_type" in model.metadata else "mean"
+    return "mean" if _file_says(model) is None else None
+
+
+def _file_says(model: Model) -> str | None:
+    """The number of the way to pool that a model's file has, if it has one."""
+    return model.metadata.get(f"{model.metadata.get('general.architecture', '')}.pooling_type")

@@ -298,11 +298,12 @@ def short_of_memory(model: lc.Model) -> Iterator[tuple[Served, str]]:
     writing, waiting = new_id("writing"), new_id("waiting")
     with serving(model, n_ctx=512, kv_unified=True) as served:
         with served.held(in_state(writing, "decode", written=1)) as hold:
-            served.engine.submit(tokens(served, 300, 1), max_tokens=8, request_id=writing)
+            first = served.engine.submit(tokens(served, 300, 1), max_tokens=8, request_id=writing)
             hold.wait()
             second = served.engine.submit(tokens(served, 300, 2), max_tokens=2, request_id=waiting)
             hold.then(in_state(writing, "decode", written=3))
             yield served, waiting
+        first.result(PATIENCE)
         second.result(PATIENCE)
 
 

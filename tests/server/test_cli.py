@@ -117,7 +117,8 @@ def test_a_signal_stops_the_server_after_its_answers(number: int) -> None:
 
 
 @unix
-def test_a_second_ctrl_c_stops_it_at_once() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_it_at_once(number: int) -> None:
     with serve("--drain-timeout", "600") as (process, url):
         port = int(url.rpartition(":")[2])
         waiting = []
@@ -126,12 +127,32 @@ def test_a_second_ctrl_c_stops_it_at_once() -> None:
             connection.sendall(request_of({**LONG, "n": 10}))
             waiting.append(connection)
         read_events(waiting[0], 1)
-        process.process.send_signal(signal.SIGINT)
+        process.process.send_signal(number)
         eventually(lambda: any("stopping" in line for line in process.errors))
-        process.process.send_signal(signal.SIGINT)
+        process.process.send_signal(number)
         assert process.end() == 0
         for connection in waiting:
             connection.close()
+    assert "Traceback" not in "".join(process.errors)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prlimit")
+def test_without_files_for_connections_the_log_has_a_line_and_the_server_goes_on() -> None:
+    import resource
+
+    with serve() as (process, url):
+        port = int(url.rpartition(":")[2])
+        limits = resource.prlimit(process.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.process.pid, resource.RLIMIT_NOFILE, (48, limits[1]))
+        many = [socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) for _ in range(100)]
+        eventually(lambda: any("no connection" in line for line in process.errors), "the line")
+        for connection in many:
+            connection.close()
+        assert httpx.get(f"{url}/health", timeout=PATIENCE).status_code == 200
+        process.process.send_signal(signal.SIGTERM)
+        assert process.end() == 0
+    assert sum("no connection can be taken" in line for line in process.errors) == 1
+    assert "Traceback" not in "".join(process.errors)
 
 
 def test_keys_come_from_the_command_line_and_the_environment() -> None:

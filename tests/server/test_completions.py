@@ -209,6 +209,32 @@ def test_truncations_leave_the_likeliest(llama: Served, field: dict[str, float])
     )
 
 
+SAMPLED = {"prompt": TEXT, "max_tokens": 8, "temperature": 1.0, "seed": 5}
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [({"top_k": -1}, {"top_k": 0}), ({"stop": ""}, {}), ({"stop": ["", "\x00"]}, {"stop": ["\x00"]})],
+    ids=["top_k", "stop", "stops"],
+)
+def test_what_other_servers_clients_send_means_the_same_here(llama: Served, sent: Any, meant: Any) -> None:
+    assert text_of(llama.post(PATH, SAMPLED | sent)) == text_of(llama.post(PATH, SAMPLED | meant))
+
+
+def test_a_temperature_above_two_is_taken(llama: Served) -> None:
+    assert text_of(llama.post(PATH, SAMPLED | {"temperature": 5.0}))
+
+
+def test_minus_one_for_max_tokens_is_as_many_as_fit_and_zero_is_refused_with_words(llama: Served) -> None:
+    room = 3
+    given = [300] * (llama.engine.n_ctx - room)
+    usage = llama.post(PATH, greedy(given, -1, logit_bias={str(llama.engine.model.eos): -100})).json()["usage"]
+    assert usage["completion_tokens"] >= room
+    refused = llama.post(PATH, greedy(TEXT, 0))
+    assert refused.status_code == 400
+    assert "-1 stands for as many as fit" in refused.json()["error"]["message"]
+
+
 def test_logprobs_come_in_the_form_of_completions(served: Served) -> None:
     choice = served.post(PATH, greedy(TEXT, 6, logprobs=3)).json()["choices"][0]
     told = choice["logprobs"]

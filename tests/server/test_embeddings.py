@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import socket
+import struct
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,32 @@ def test_an_encoder_embeds_and_generates_nothing(model_of: Any) -> None:
         refused = served.post("/v1/completions", {"prompt": "Go on"})
         assert refused.status_code == 400
         assert "encoder" in refused.json()["error"]["message"]
+
+
+def test_a_model_that_ranks_gives_no_embeddings(model_of: Any, model_path: Any, tmp_path: Path) -> None:
+    written = model_path("embedding").read_bytes()
+    key = b"bert.pooling_type" + struct.pack("<I", 4)  # a uint32
+    assert written.count(key + struct.pack("<I", 1)) == 1
+    ranking = tmp_path / "ranking.gguf"
+    ranking.write_bytes(written.replace(key + struct.pack("<I", 1), key + struct.pack("<I", 4)))
+    with lc.Model.load(ranking) as model, lc.Engine(model) as engine:
+        assert engine.ranks
+    with lc.Engine(model_of("embedding")) as engine:
+        assert not engine.ranks
+    with serving(model_of("embedding"), pooling="rank") as served:
+        refused = served.post(PATH, {"input": "One text"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "no_embeddings")
+    assert "ranks" in refused.json()["error"]["message"]
+
+
+def test_a_vector_with_nan_is_an_error_and_no_answer(llama: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: lc.Embedding, timeout: float | None = None) -> np.ndarray:
+        return np.array([1.0, np.nan], np.float32)
+
+    monkeypatch.setattr(lc.Embedding, "result", broken)
+    failed = llama.post(PATH, {"input": ["One text", "Another"]})
+    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "not_finite")
+    assert "input 0" in failed.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("as_base64", [False, True], ids=["float", "base64"])

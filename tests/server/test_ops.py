@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import llamacancel as lc
+from llamacancel.server.sse import event, json_of
 
-from .served import Served, any_step, eventually, greedy, new_id, short_of_memory, tokens
+from .served import Served, any_step, eventually, greedy, new_id, serving, short_of_memory, tokens
 
 COMPLETIONS = "/v1/completions"
 
@@ -64,6 +66,39 @@ def test_tokens_that_do_not_exist_are_refused(llama: Served) -> None:
 
 def test_health_is_ok(llama: Served) -> None:
     assert llama.get("/health").json() == {"status": "ok", "model": llama.service.model_name}
+    with llama.client() as client:
+        head = client.head("/health")
+    assert (head.status_code, head.content) == (200, b"")
+
+
+def test_health_says_what_an_engine_failed_of(exact_model: Callable[[str], lc.Model]) -> None:
+    with serving(exact_model("llama")) as served:
+
+        def lose(*_: Any) -> None:
+            raise error
+
+        error = lc.DecodeFailedError("the connection to the RPC server 10.0.0.7:50052 was lost")
+        served.engine._core.runner.run = lose
+        served.engine._core.runner.upset = lose
+        failed = served.post(COMPLETIONS, greedy("Go on", 3))
+        assert (failed.status_code, failed.json()["error"]["code"]) == (503, "engine_failed")
+        health = served.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+        assert "10.0.0.7:50052 was lost" in health.json()["error"]
+        again = served.post(COMPLETIONS, greedy("Go on", 3))
+        assert (again.status_code, again.json()["error"]["code"]) == (503, "engine_failed")
+        assert "10.0.0.7:50052" in again.json()["error"]["message"]
+
+
+def test_json_is_one_line_for_everybody_and_has_no_numbers_that_json_has_not() -> None:
+    text = "a\u2028b\u2029c\nd"
+    told = event({"text": text})
+    assert told.count(b"\n") == 2
+    assert len(told.decode().splitlines()) == 2, "some clients take these signs for the end of a line"
+    assert json.loads(told.removeprefix(b"data: ")) == {"text": text}
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON"):
+            json_of([number])
 
 
 def test_slots_tell_what_runs_waits_and_ran(served: Served) -> None:

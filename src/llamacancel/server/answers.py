@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 __all__ = [
     "ERRORS",
@@ -207,8 +207,9 @@ class Detokenized(BaseModel):
 class Health(BaseModel):
     """Answer of `GET /health`."""
 
-    status: Literal["ok", "shutting down"]
+    status: Literal["ok", "failed", "shutting down"]
     model: str
+    error: str | None = Field(None, description="What the engine failed of.")
 
 
 class Cancelled(BaseModel):

@@ -54,6 +54,8 @@ async def create_embeddings(
     """One vector of length 1 for each input. A client that hangs up cancels what is not done."""
     service: Service = request.app.state.service
     timeout = service.timeout(body.timeout, x_request_timeout)
+    if service.engine.ranks:
+        raise ApiError(400, "this model ranks texts: it gives scores, and no embeddings", code="no_embeddings")
     if body.dimensions is not None and body.dimensions > service.model.n_embd:
         raise ApiError(400, f"this model's vectors have {service.model.n_embd} dimensions", param="dimensions")
     return _EmbeddingsResponse(service, request, body, timeout)

@@ -20,6 +20,8 @@ INTERVAL = 0.1
 """Seconds between two events at least, and between two looks at work that goes on."""
 LIFETIME = 60.0
 """Seconds after which the stream ends, so that no server waits for it for ever; readers connect again."""
+MOST_READERS = 64
+"""Streams at once. Each further one ends the oldest, whose reader connects again if it is still there."""
 
 
 class EventsResponse(Response):
@@ -43,6 +45,12 @@ class EventsResponse(Response):
             over.set()
             changed.set()
 
+        readers = self._service.readers
+        readers[finish] = None
+        if len(readers) > MOST_READERS:
+            oldest = next(iter(readers))
+            del readers[oldest]
+            oldest()
         forget = self._service.on_close(finish)
         listener = self._service.engine.add_listener(notify)
         stream = EventStream(send)
@@ -57,6 +65,7 @@ class EventsResponse(Response):
             stream.stop()
             listener.remove()
             forget()
+            readers.pop(finish, None)
 
     async def _send(self, stream: EventStream, changed: asyncio.Event, over: asyncio.Event) -> None:
         snapshots = Snapshots(self._service, self._asker)

@@ -160,15 +160,19 @@ async def detokenize(
 @router.get(
     "/health",
     response_model=answers.Health,
-    responses={503: {"model": answers.Health, "description": "The server is shutting down."}},
+    responses={503: {"model": answers.Health, "description": "The engine failed, or the server is shutting down."}},
     tags=["state"],
 )
 async def health(request: Request) -> Response:
     """Whether new requests are taken. Needs no key."""
     service = _service(request)
-    closing = service.closing or service.engine.closed
-    status = "shutting down" if closing else "ok"
-    return JSONResponse({"status": status, "model": service.model_name}, status_code=503 if closing else 200)
+    told: dict[str, Any] = {"status": "ok", "model": service.model_name}
+    failure = service.engine.failure
+    if failure is not None:
+        told |= {"status": "failed", "error": f"{type(failure).__name__}: {failure}"}
+    elif service.closing or service.engine.closed:
+        told["status"] = "shutting down"
+    return JSONResponse(told, status_code=200 if told["status"] == "ok" else 503)
 
 
 @router.get(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -15,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -26,6 +28,14 @@ from .service import Service
 
 __all__ = ["run"]
 
+logger = logging.getLogger("llamacancel.server")
+
+LAST_WORDS = 2.0
+"""Seconds that clients have to read how their answers ended, before their connections are cut."""
+QUIET = 60.0
+"""Seconds between two lines of the log that tell that no connection can be taken."""
+NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
 
 class Server(uvicorn.Server):
     """uvicorn, which begins to drain the engine as soon as it is told to stop, and exits without a signal."""
@@ -33,8 +43,10 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, operator_key: str | None = None) -> None:
         super().__init__(config)
         self._service, self._operator_key = service, operator_key
+        self._told_at = -math.inf
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._on_error)
         await super().startup(sockets)
         engine = self._service.engine
         for listener in sockets or []:
@@ -53,10 +65,36 @@ class Server(uvicorn.Server):
         if not self.force_exit:
             print("stopping: what is on its way gets its answer (Ctrl-C again stops at once)", file=sys.stderr)
         closing = asyncio.create_task(self._service.close())
+        cutting = asyncio.create_task(self._cut_late())
         await super().shutdown(sockets)
         if self.force_exit:
-            self._service.cancel_all("the server was stopped")
+            await cutting
+            await self.lifespan.shutdown()
+        cutting.cancel()
         await closing
+
+    async def _cut_late(self) -> None:
+        """When it is to stop at once, or the time is over: end every request, so that none is broken off."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + (self.config.timeout_graceful_shutdown or math.inf) - 2 * LAST_WORDS
+        while not self.force_exit and loop.time() < end:
+            await asyncio.sleep(0.1)
+        self._service.cancel_all("the server was stopped")
+        for cut in (False, True):
+            if cut:
+                for connection in list(self.server_state.connections):
+                    connection.transport.abort()
+            if tasks := set(self.server_state.tasks):
+                await asyncio.wait(tasks, timeout=LAST_WORDS)
+
+    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """For the loop. It tells of each connection that it could not take, with a traceback; a line will do."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in NO_ROOM:
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._told_at + QUIET:
+            self._told_at = loop.time()
+            logger.error("no connection can be taken: %s", error.strerror)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -116,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
                 access_log=args.verbose,
                 server_header=False,
                 timeout_keep_alive=65,
+                backlog=256,
                 timeout_graceful_shutdown=math.ceil(args.drain_timeout) + 5,
             )
             Server(config, app.state.service, None if given_key else operator_key).run(sockets=[listener])

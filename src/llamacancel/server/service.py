@@ -172,6 +172,7 @@ class Service:
         self.parsing = anyio.CapacityLimiter(1)
         self.preparing = anyio.CapacityLimiter(max(2, (os.cpu_count() or 1) // 2))
         self.closing = False
+        self.readers: dict[Callable[[], None], None] = {}
         self._on_close: set[Callable[[], object]] = set()
         self._close_engine = close_engine
         self._close_task: asyncio.Task[None] | None = None
