@@ -1,9 +1,9 @@
 """Reads the bodies of requests, and checks them beside the event loop: a stranger's body must hold up no other stream.
 
 A thread alone is not enough, because parsing keeps the interpreter lock for as long as it takes. So a body is bounded
-in two ways: in its size, and in how many values it has, which cost far more than their length. The worst that these
-bounds allow was seen to hold up another thread for 45 ms on two busy cores, most of it for less than 15 ms. One body of
-some length is parsed at a time.
+in two ways: in its size, and in how many values it has, which cost far more than their length.
+Another stream's longest gap beside the worst lists that these bounds allow was 0.1 s on two busy cores, and 0.04 s
+without them. One body of some length is parsed at a time.
 """
 
 from __future__ import annotations
