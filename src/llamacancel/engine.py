@@ -202,6 +202,8 @@ class Engine:
             max_tokens: Most tokens to generate; None: until the text ends or the context is full.
             sampler: Chooses the tokens; the generation gets a clone of it. None: `Sampler()`. One that is bound to no
                 model is bound here, which takes its time where it has a large grammar.
+                The first schema, expression or Lark grammar for a model stops all threads for about a second for each
+                100,000 tokens of its vocabulary: make `Sampler(regex="a", model=model)` before, where nobody waits.
             timeout: Seconds from now for all of it: queue, prompt and generation.
             token: Cancels it, with others perhaps.
             priority: Higher goes first.

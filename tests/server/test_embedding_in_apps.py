@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from starlette.middleware.base import BaseHTTPMiddleware
 
 import llamacancel as lc
+from llamacancel.constraint import matcher
 from llamacancel.server import create_app
 from llamacancel.server.service import NOBODY
 
@@ -86,6 +87,32 @@ def test_pieces_of_text_that_are_there_together_are_sent_together(model_of: Any)
     assert b"".join(sent) == answer.content
     assert answer.text.count("data: {") > 50
     assert sum(b"data: {" in part for part in sent) <= 4, "the first text, the rest, and the end"
+
+
+def test_the_first_schema_finds_the_vocabulary_prepared(model_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    make = matcher._tokenizer
+
+    def counted(pieces: Any, *args: Any) -> Any:
+        made.append(len(pieces))
+        return make(pieces, *args)
+
+    monkeypatch.setattr(matcher, "_tokenizer", counted)
+    with (
+        lc.Model.load(model_path("llama")) as model,
+        lc.Engine(model, slots=1, n_ctx=256, n_threads=1) as engine,
+    ):
+        app = create_app(engine)
+        assert made == [model.n_vocab]
+        with running(app) as url:
+            schema = {"name": "yes", "schema": {"const": "yes"}}
+            body = {
+                "messages": [{"role": "user", "content": "Say it."}],
+                "response_format": {"type": "json_schema", "json_schema": schema},
+            }
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE)
+        assert answer.json()["choices"][0]["message"]["content"] == '"yes"'
+        assert made == [model.n_vocab]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

@@ -18,6 +18,7 @@ from ..engine import Engine
 from . import chat, completions, embeddings, errors, live, ops
 from .bodies import MOST_BYTES, schemas_of
 from .limits import ApiKeys, BodyLimit, Hosts, LastResort, RequestIds
+from .prompts import prepare_constraints
 from .schemas import ChatBody, CompletionBody, DetokenizeBody, EmbeddingsBody, TokenizeBody
 from .service import Service
 
@@ -44,6 +45,9 @@ def create_app(
 
     It can be served by itself or mounted in another app. A client that hangs up, in the queue, in a prompt or in the
     middle of its answer, cancels its own request and no other.
+
+    The model's vocabulary is prepared for schemas here, once for a model: that takes about a second for each 100,000
+    tokens, in which no other thread runs, and so would stop everybody's streams with the first schema that comes.
 
     Args:
         engine: Does the work.
@@ -74,6 +78,7 @@ def create_app(
         drain_timeout=drain_timeout,
         close_engine=close_engine,
     )
+    prepare_constraints(engine.model)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

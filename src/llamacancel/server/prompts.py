@@ -20,7 +20,7 @@ from .errors import ApiError
 from .schemas import GenerationBody, Prompt
 from .service import Group
 
-__all__ = ["check_room", "make_samplers", "prompt_texts", "prompt_tokens", "under_token"]
+__all__ = ["check_room", "make_samplers", "prepare_constraints", "prompt_texts", "prompt_tokens", "under_token"]
 
 MOST_BIAS = 2**16
 """Entries of `logit_bias`, times the answers that each get them all."""
@@ -124,6 +124,16 @@ def _known(model: Model, tokens: list[int], param: str) -> list[int]:
     if highest >= model.n_vocab:
         raise ApiError(400, f"token {highest} is outside of the vocabulary (0 to {model.n_vocab - 1})", param=param)
     return tokens
+
+
+def prepare_constraints(model: Model) -> None:
+    """Have what llguidance needs of a model's vocabulary made now: it holds the interpreter's lock while it makes it.
+
+    A vocabulary that it cannot use is told to whoever asks for a schema.
+    """
+    if model.memory_kind != "none" and not model.has_encoder:
+        with contextlib.suppress(ValueError, ImportError):
+            Sampler(regex="a", model=model)
 
 
 def check_room(engine: Engine, prompts: Sequence[Sequence[int]], count: int) -> None:
