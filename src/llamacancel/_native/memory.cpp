@@ -570,7 +570,7 @@ void Journal::look(std::vector<Held> & held, std::vector<uint32_t> & used) const
 std::vector<llama_seq_id> Journal::repair(Undo & undo, const std::vector<Held> & held,
                                           const std::vector<uint32_t> & used) {
     std::vector<llama_seq_id> dirty;
-    if (!memory_.memory || !touched) {
+    if (!memory_.memory || (!memory_.restorable() && !touched)) {
         return dirty;
     }
     if (memory_.restorable()) {
