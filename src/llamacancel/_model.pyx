@@ -223,8 +223,13 @@ cdef class Model:
             memcpy(&view[0], tokens.data(), tokens.size() * sizeof(int32_t))
         return result
 
-    def detokenize(self, tokens, remove_special=False, unparse_special=False):
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+    def detokenize(self, tokens, remove_special=False, unparse_special=False, token=None):
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            DecodeCancelled: If `token` was cancelled.
+            ValueError: If a token is outside of the vocabulary, or the text would be longer than 2^31 bytes.
+        """
         given = np.asarray(tokens)
         if given.size and given.dtype.kind not in "iu":
             raise TypeError(f"tokens are integers, not {given.dtype}")
@@ -241,8 +246,12 @@ cdef class Model:
         cdef shared_ptr[ModelBox] box = self.box
         if n == 0:
             return ""
+        cdef Call call = Call(state_of(token))
+        cdef Interrupt interrupt = watch_signals(call)
         with nogil:
-            status = box.get().detokenize(data, n, remove, unparse, text, message)
+            status = box.get().detokenize(data, n, remove, unparse, call, text, message)
+        if status == Status.Cancelled:
+            raise_cancelled("detokenize", call, interrupt)
         if status != Status.Done:
             raise ValueError(f"the tokens cannot be turned into text: {text_of(message)}")
         return text.decode("utf-8", "replace")

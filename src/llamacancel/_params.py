@@ -22,7 +22,8 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
         raise TypeError(f"{name} must be an integer, not {value!r}")
     result = int(value.__index__())
     if not low <= result <= high:
-        raise ValueError(f"{name} must be {low} to {high}, not {result}")
+        told = result if abs(result) < 10**40 else "an integer that large"
+        raise ValueError(f"{name} must be {low} to {high}, not {told}")
     return result
 
 

@@ -3,8 +3,8 @@
 
 cimport cython
 from libc.stddef cimport size_t
-from libc.stdint cimport int32_t, uint32_t
-from libcpp.memory cimport shared_ptr
+from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libcpp.memory cimport make_shared, shared_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 from posix.unistd cimport getpid
@@ -13,12 +13,12 @@ from ._cancel cimport state_of
 from ._context cimport Context
 from ._lib.box cimport Call, Draw, ModelBox, Status, accept, make_grammar, reset, sample, sample_rows
 from ._lib.llama cimport *
-from ._llama cimport drain_log, raise_cancelled, text_of
+from ._llama cimport Interrupt, check_call, check_process, drain_log, raise_cancelled, text_of, watch_signals
 from ._model cimport Model
 
 from . import _params
 from .constraint import Vocabulary, source_of
-from .errors import ContextBusyError
+from .errors import ClosedError, ContextBusyError
 
 cdef uint32_t _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
 
@@ -41,25 +41,30 @@ cdef class Sampler:
         xtc_probability, xtc_threshold: XTC; probability 0 is off.
         mirostat, mirostat_tau, mirostat_eta: Mirostat 1 or 2 in place of the truncations; 0 is off.
         seed: For the random numbers; None for a random one.
-        logit_bias: {token: bias}; -inf forbids a token.
+        logit_bias: {token: bias}; -inf forbids a token. Clones share it.
         json_schema: JSON schema, as text or as what `json.loads` gives, that the output must follow. At most one of
             `json_schema`, `regex`, `lark` and `grammar`.
         regex: Regular expression that the whole output must match.
         lark: Grammar in llguidance's dialect of Lark that the output must follow.
         grammar: GBNF text that the output must follow, beginning with the rule `grammar_root`.
         model: Binds the sampler at once, so that a bad grammar is told here and not at its first use.
+        token: A `CancelToken` under which the grammar is parsed.
 
     Raises:
         TypeError, ValueError: If an argument is none that it can be, or a schema, expression or grammar is out of
-            bounds, cannot be parsed, begins with itself (left recursion), or is too ambiguous.
+            bounds, cannot be parsed, begins with itself (left recursion), is too large, or is too ambiguous.
+        DecodeCancelled: If `token` was cancelled.
     """
     cdef object __weakref__
     cdef llama_sampler * chain       # null until bound to a model
     cdef shared_ptr[ModelBox] box    # the model whose vocabulary the chain refers to
+    cdef int pid                     # the process that the model belongs to
+    cdef shared_ptr[vector[llama_logit_bias]] biases  # null without; shared by clones, and never changed
     cdef dict options
     cdef object matcher              # where the text stands in its constraint; None without one, or until bound
     cdef vector[uint32_t] mask       # the tokens that the constraint allows next, a bit for each, if `masked`
     cdef bint masked
+    cdef readonly uint64_t _steps    # that the grammar has taken for the last token, or for its parsing before the first
     cdef bint busy                   # a thread is using the chain, perhaps without the GIL; set and cleared with it
 
     def __init__(self, *, temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, typical_p=1.0, top_n_sigma=-1.0,
@@ -67,7 +72,7 @@ cdef class Sampler:
                  presence_penalty=0.0, penalty_last_n=64, dry_multiplier=0.0, dry_base=1.75, dry_allowed_length=2,
                  dry_penalty_last_n=1024, dry_breakers=("\n", ":", '"', "*"), xtc_probability=0.0, xtc_threshold=0.1,
                  mirostat=0, mirostat_tau=5.0, mirostat_eta=0.1, seed=None, logit_bias=None, json_schema=None,
-                 regex=None, lark=None, grammar=None, grammar_root="root", model=None):
+                 regex=None, lark=None, grammar=None, grammar_root="root", model=None, token=None):
         number, integer = _params.number, _params.integer
         self.options = {
             "temperature": number("temperature", temperature, -1e6, 1e6),
@@ -94,32 +99,69 @@ cdef class Sampler:
             "mirostat_tau": number("mirostat_tau", mirostat_tau, 0, 1e6),
             "mirostat_eta": number("mirostat_eta", mirostat_eta, 0, 1e6),
             "seed": None if seed is None else integer("seed", seed, 0, 2**32 - 2),
-            "logit_bias": {integer("a token", token, 0, 2**31 - 1): _bias(bias)
-                           for token, bias in (logit_bias or {}).items()},
             "grammar": None if grammar is None else _no_zero("grammar", grammar),
             "grammar_root": _no_zero("grammar_root", grammar_root),
             "constraint": source_of(json_schema=json_schema, regex=regex, lark=lark, grammar=grammar),
         }
+        if logit_bias:
+            self._keep_biases(dict(logit_bias))
         if model is not None:
-            self._bind_model(model)
+            self.bind(model, token)
 
     def __dealloc__(self):
-        if self.chain != NULL:
+        if self.chain == NULL:
+            return
+        if self.pid != getpid():
+            new shared_ptr[ModelBox](self.box)  # a forked child leaves the parent's model and chain alone
+            return
+        with nogil:
             llama_sampler_free(self.chain)
+            self.box.reset()
+
+    cdef int _keep_biases(self, dict given) except -1:
+        cdef llama_logit_bias bias
+        cdef shared_ptr[vector[llama_logit_bias]] biases = make_shared[vector[llama_logit_bias]]()
+        for token, value in given.items():
+            bias.token = _params.integer("logit_bias: a token", token, 0, 2**31 - 1)
+            bias.bias = _bias(value)
+            biases.get().push_back(bias)
+        self.biases = biases
+        return 0
 
     cdef int _enter(self, str what) except -1:
         """Claims the chain for a call of this thread, which then sets `busy` back."""
+        if self.chain != NULL:
+            check_process(self.pid, "the sampler")
         if self.busy:
             raise ContextBusyError(f"{what}: another thread is using the sampler; give each generation a clone() of it")
         self.busy = True
         return 0
 
-    cdef int _bind_model(self, Model model) except -1:
-        model._check_open()
-        return self._bind(model, model.box)
+    def bind(self, Model model not None, token=None):
+        """Bind the sampler to a model's vocabulary, which parses its grammar: once, before its first use.
 
-    cdef int _bind(self, Model model, const shared_ptr[ModelBox] & box) except -1:
-        """Builds the chain for a model's vocabulary, once. The model may be closed if the box is held."""
+        Args:
+            model: The model.
+            token: A `CancelToken` under which to parse.
+
+        Raises:
+            ContextBusyError: If another thread uses the sampler.
+            DecodeCancelled: If `token` was cancelled; the sampler is bound to nothing.
+            ValueError: If it is bound to another model, the grammar cannot be used, or a bias is of no token.
+        """
+        cdef Call call = Call(state_of(token))
+        cdef Interrupt interrupt
+        model._check_open()
+        self._enter("bind")
+        try:
+            interrupt = watch_signals(call)
+            check_call("bind", call, interrupt)
+            self._bind(model, model.box, call, interrupt)
+        finally:
+            self.busy = False
+
+    cdef int _bind(self, Model model, const shared_ptr[ModelBox] & box, Call & call, Interrupt interrupt) except -1:
+        """Builds the chain for a model's vocabulary, once, under a call. The model may be closed if the box is held."""
         if self.chain != NULL:
             if self.box != box:
                 raise ValueError("the sampler is bound to another model's vocabulary; make one for this model")
@@ -131,7 +173,7 @@ cdef class Sampler:
         cdef llama_sampler_chain_params params = llama_sampler_chain_default_params()
         cdef llama_sampler * chain = llama_sampler_chain_init(params)
         try:
-            self._fill(chain, held.get().vocab())
+            self._fill(chain, held.get().vocab(), call, interrupt)
         except BaseException:
             llama_sampler_free(chain)
             raise
@@ -139,34 +181,34 @@ cdef class Sampler:
             drain_log()
         self.chain = chain
         self.box = held
+        self.pid = getpid()
         return 0
 
-    cdef int _fill(self, llama_sampler * chain, const llama_vocab * vocab) except -1:
+    cdef int _fill(self, llama_sampler * chain, const llama_vocab * vocab, Call & call, Interrupt interrupt) except -1:
         cdef int32_t n_vocab = llama_vocab_n_tokens(vocab)
         o = self.options
         cdef uint32_t seed = _RANDOM_SEED if o["seed"] is None else o["seed"]
         cdef size_t min_keep = o["min_keep"]
-        cdef vector[llama_logit_bias] biases
         cdef llama_logit_bias bias
         cdef vector[const char *] breakers
         cdef string text, root, message
-        cdef llama_sampler * part
+        cdef llama_sampler * part = NULL
+        cdef Status status
         cdef float dry_multiplier = o["dry_multiplier"], dry_base = o["dry_base"]
         cdef int32_t dry_allowed_length = o["dry_allowed_length"], dry_penalty_last_n = o["dry_penalty_last_n"]
 
-        if o["logit_bias"]:
-            for token, value in o["logit_bias"].items():
-                if token >= n_vocab:
-                    raise ValueError(f"logit_bias: token {token} is outside of the vocabulary (0 to {n_vocab - 1})")
-                bias.token = token
-                bias.bias = value
-                biases.push_back(bias)
-            llama_sampler_chain_add(chain, llama_sampler_init_logit_bias(n_vocab, biases.size(), biases.data()))
+        if self.biases:
+            for bias in self.biases.get()[0]:
+                if bias.token >= n_vocab:
+                    raise ValueError(f"logit_bias: token {bias.token} is outside of the vocabulary (0 to {n_vocab - 1})")
         if o["grammar"] is not None:
             text, root = o["grammar"].encode(), o["grammar_root"].encode()
+            self._steps = 0
             with nogil:
-                part = make_grammar(vocab, text, root, message)
-            if part == NULL:
+                status = make_grammar(vocab, text, root, call, part, message, self._steps)
+            if status == Status.Cancelled:
+                raise_cancelled("parsing a grammar", call, interrupt)
+            if status != Status.Done:
                 raise ValueError(text_of(message))
             llama_sampler_chain_add(chain, part)
         if o["penalty_last_n"] and (o["repeat_penalty"] != 1 or o["frequency_penalty"] or o["presence_penalty"]):
@@ -184,11 +226,8 @@ cdef class Sampler:
             return 0
         if o["mirostat"]:
             self._add_temperature(chain)
-            if o["mirostat"] == 1:
-                part = llama_sampler_init_mirostat(n_vocab, seed, o["mirostat_tau"], o["mirostat_eta"], 100)
-            else:
-                part = llama_sampler_init_mirostat_v2(seed, o["mirostat_tau"], o["mirostat_eta"])
-            llama_sampler_chain_add(chain, part)
+            llama_sampler_chain_add(
+                chain, _drawing(b"mirostat" if o["mirostat"] == 1 else b"mirostat-v2", o, n_vocab, seed))
             return 0
         if o["top_n_sigma"] > 0:
             llama_sampler_chain_add(chain, llama_sampler_init_top_n_sigma(o["top_n_sigma"]))
@@ -201,10 +240,9 @@ cdef class Sampler:
         if o["min_p"] > 0:
             llama_sampler_chain_add(chain, llama_sampler_init_min_p(o["min_p"], min_keep))
         if o["xtc_probability"] > 0:
-            llama_sampler_chain_add(
-                chain, llama_sampler_init_xtc(o["xtc_probability"], o["xtc_threshold"], min_keep, seed))
+            llama_sampler_chain_add(chain, _drawing(b"xtc", o, n_vocab, seed))
         self._add_temperature(chain)
-        llama_sampler_chain_add(chain, llama_sampler_init_dist(seed))
+        llama_sampler_chain_add(chain, _drawing(b"dist", o, n_vocab, seed))
         return 0
 
     cdef int _add_temperature(self, llama_sampler * chain) except -1:
@@ -241,6 +279,7 @@ cdef class Sampler:
                 n_vocab = ctx.box.get().outputs().n_vocab
                 with nogil:
                     sample(draw, n_vocab)
+                self._steps = draw.steps
                 self._follow(draw)
             finally:
                 self.busy = False
@@ -250,8 +289,9 @@ cdef class Sampler:
 
     cdef int _prepare(self, Draw & draw, Context ctx, int32_t row) except -1:
         """Sets what is drawn from, in a context that the caller holds."""
-        self._bind(ctx.model, ctx.box.get().model())
+        self._bind(ctx.model, ctx.box.get().model(), draw.call, Interrupt())
         draw.chain = self.chain
+        draw.biases = self.biases.get()
         draw.logits = ctx._logits_of(row)
         if self.matcher is not None:
             if not self.masked:
@@ -282,18 +322,19 @@ cdef class Sampler:
         cdef llama_token chosen
         cdef string message
         cdef Status status
+        if model is not None:
+            self.bind(model)
         self._enter("accept")
         try:
-            if model is not None:
-                self._bind_model(model)
             if self.chain == NULL:
                 raise ValueError("the sampler is bound to no model yet: pass model=")
             chosen = _params.integer("token", token, 0, llama_vocab_n_tokens(self.box.get().vocab()) - 1)
             if self.matcher is not None and not self.matcher.allows(chosen):
                 self.matcher.check()
                 raise ValueError(f"the token is not accepted: the constraint does not allow {chosen} here")
+            self._steps = 0
             with nogil:
-                status = accept(self.chain, chosen, message)
+                status = accept(self.chain, chosen, message, self._steps)
             if self.matcher is not None and status == Status.Done:
                 self._take(chosen)
         finally:
@@ -318,32 +359,53 @@ cdef class Sampler:
         finally:
             self.busy = False
 
-    def clone(self, *, Model model=None):
+    def clone(self, *, seed=None):
         """A sampler with the same options and a copy of the state.
 
         Args:
-            model: Binds the clone at once, as it does a new sampler.
+            seed: Another seed for the random numbers, which begin again.
 
         Raises:
             ContextBusyError: If another thread uses the sampler.
-            ValueError: If the sampler is bound to another model's vocabulary, or cannot be bound.
         """
         cdef Sampler other = Sampler.__new__(Sampler)
         other.options = self.options
+        other.biases = self.biases
+        if seed is not None:
+            other.options = {**self.options, "seed": _params.integer("seed", seed, 0, 2**32 - 2)}
         self._enter("clone")
         try:
             if self.chain != NULL:
-                with nogil:
-                    other.chain = llama_sampler_clone(self.chain)
+                if seed is None:
+                    with nogil:
+                        other.chain = llama_sampler_clone(self.chain)
+                else:
+                    other.chain = self._reseeded(other.options["seed"])
                 other.box = self.box
+                other.pid = self.pid
             if self.matcher is not None:
                 other.matcher = self.matcher.copy()
                 other.mask, other.masked = self.mask, self.masked
         finally:
             self.busy = False
-        if model is not None:
-            other._bind_model(model)
         return other
+
+    cdef llama_sampler * _reseeded(self, uint32_t seed) except NULL:
+        """A copy of the chain in which what draws random numbers is made anew."""
+        o = self.options
+        cdef int32_t n_vocab = llama_vocab_n_tokens(self.box.get().vocab())
+        cdef llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params())
+        cdef llama_sampler * old
+        cdef llama_sampler * part
+        cdef int i
+        for i in range(llama_sampler_chain_n(self.chain)):
+            old = llama_sampler_chain_get(self.chain, i)
+            part = _drawing(bytes(llama_sampler_name(old)), o, n_vocab, seed)
+            if part == NULL:
+                with nogil:
+                    part = llama_sampler_clone(old)
+            llama_sampler_chain_add(chain, part)
+        return chain
 
     def __repr__(self):
         o = self.options
@@ -355,10 +417,14 @@ def choose_tokens(Context ctx not None, list rows not None):
 
     Args:
         ctx: The context.
-        rows: (sampler, row, token) for each, with a sampler and a `CancelToken` of its own.
+        rows: (sampler, row, token, n_top) for each, with a sampler and a `CancelToken` of its own. With `n_top` given,
+            the logarithms of probabilities are told, too.
 
     Returns:
-        For each the token that was chosen, or the exception that `sample()` would have raised.
+        For each (token, logprob, top), or the exception that `sample()` would have raised. `logprob` is the natural
+        logarithm of the probability that the model gave the token, before the sampler changed anything, and `top` has
+        (token, logprob) of the `n_top` likeliest, the lower id first of two that are equal; None and () where `n_top`
+        is None.
 
     Raises:
         ContextBusyError: If another thread uses the context.
@@ -372,18 +438,19 @@ def choose_tokens(Context ctx not None, list rows not None):
     cdef list told = []
     ctx._acquire(NULL, None, "sample")
     try:
-        for each, row, token in rows:
+        for each, row, token, n_top in rows:
             sampler = each
             try:
                 sampler._enter("sample")
-            except ContextBusyError as error:
+            except (ContextBusyError, ClosedError) as error:
                 entered.append(None)
                 told.append(error)
                 continue
             entered.append(sampler)
             try:
-                sampler._prepare(draws[n], ctx, row)
                 draws[n].call = Call(state_of(token))
+                draws[n].n_top = -1 if n_top is None else n_top
+                sampler._prepare(draws[n], ctx, row)
             except Exception as error:
                 told.append(error)
             else:
@@ -408,12 +475,26 @@ def choose_tokens(Context ctx not None, list rows not None):
 
 
 cdef object _followed(Sampler sampler, Draw & draw):
-    """What came of one of several rows: the token, or the exception."""
+    """What came of one of several rows: what was chosen, or the exception."""
     try:
         sampler._follow(draw)
-        return _chosen(draw)
+        sampler._steps = draw.steps
+        return (_chosen(draw), draw.logprob if draw.n_top >= 0 else None, tuple(draw.top))
     except Exception as error:
         return error
+
+
+cdef llama_sampler * _drawing(bytes name, dict o, int32_t n_vocab, uint32_t seed) except? NULL:
+    """The part of a chain that has this name, if it draws random numbers."""
+    if name == b"xtc":
+        return llama_sampler_init_xtc(o["xtc_probability"], o["xtc_threshold"], o["min_keep"], seed)
+    if name == b"dist":
+        return llama_sampler_init_dist(seed)
+    if name == b"mirostat":
+        return llama_sampler_init_mirostat(n_vocab, seed, o["mirostat_tau"], o["mirostat_eta"], 100)
+    if name == b"mirostat-v2":
+        return llama_sampler_init_mirostat_v2(seed, o["mirostat_tau"], o["mirostat_eta"])
+    return NULL
 
 
 cdef object _chosen(Draw & draw):
@@ -486,14 +567,20 @@ cdef double _bias(value) except? -1e300:
     cdef double number
     try:
         number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"logit_bias: a bias must be a number, not {str(value)[:40]!r}") from None
     except OverflowError:
-        raise ValueError("logit_bias: a bias must be a number that a float can hold") from None
-    if number != number:
-        raise ValueError("logit_bias: a bias must not be NaN")
+        number = float("inf")
+    if number != number or number > 3e38:
+        raise ValueError("logit_bias: a bias must be a number that a float can hold, or -inf")
     return number
 
 
 cdef str _no_zero(str name, value):
-    if not isinstance(value, str) or "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(f"{name} must be text without zero characters and lone surrogates")
-    return value
+    try:
+        if isinstance(value, str) and "\0" not in value:
+            value.encode()
+            return value
+    except UnicodeEncodeError:
+        pass
+    raise ValueError(f"{name} must be text without zero characters and lone surrogates")

@@ -235,11 +235,13 @@ class Engine:
         request = Request(
             _id_of(request_id), tokens, max_tokens=max_tokens, priority=integer("priority", priority, -_INT32, _INT32)
         )
+        own_sampler = sampler.clone() if sampler is not None else Sampler()
+        own_sampler.bind(self._model, own)  # here, under its token, and not at its first token on the engine's thread
         work = GenerationWork(
             request,
             CancelToken.any_of(own, self._desk.token),
             vocabulary=self._vocabulary,
-            sampler=(sampler or Sampler()).clone(model=self._model),  # here: the engine's thread parses no grammar
+            sampler=own_sampler,
             stop=_stops_of(stop),
             stop_tokens=frozenset(integer("a stop token", each, 0, _INT32) for each in stop_tokens),
             logprobs=logprobs,

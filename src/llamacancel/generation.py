@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._cancel import CancelToken
-from ._context import Context
 from ._model import Model
 from ._sampler import Sampler
 from .handle import Handle
@@ -123,20 +122,21 @@ class GenerationWork(Work):
         self.pieces: list[Piece] = []
         self.unread: deque[Piece] = deque()
         self._stop_tokens = stop_tokens
-        self._logprobs = logprobs
+        self.logprobs = logprobs
 
     @property
     def readable(self) -> bool:
         return bool(self.unread)
 
-    def take(self, token: int, context: Context, row: int) -> bool:
-        """Adds the token that was chosen from an output row; tells whether it ends the text."""
+    def take(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> bool:
+        """Adds a token that was chosen, with what was told of its probability; tells whether it ends the text."""
         assert self.vocabulary is not None
-        text, name, is_end = self.vocabulary[token]
+        vocabulary = self.vocabulary
+        text, name, is_end = vocabulary[token]
         if is_end or token in self._stop_tokens:
             return True
-        logprob, top = self._look_at(context.logits(row), token) if self._logprobs is not None else (None, ())
-        self._give(*self.assembler.feed(text, TokenInfo(token, name, logprob, top)))
+        likeliest = tuple((each, vocabulary[each][1], value) for each, value in top)
+        self._give(*self.assembler.feed(text, TokenInfo(token, name, logprob, likeliest)))
         return self.assembler.stopped is not None
 
     def finish(self, reason: FinishReason, now: float, error: Exception | None = None) -> None:
@@ -151,17 +151,6 @@ class GenerationWork(Work):
         """Its sampler and its vocabulary hold the model."""
         super().let_go()
         self.sampler = self.vocabulary = None
-
-    def _look_at(self, logits: NDArray[np.float32], token: int) -> tuple[float, tuple[tuple[int, bytes, float], ...]]:
-        assert self.vocabulary is not None
-        values = logits.astype(np.float64)
-        values -= values.max()
-        values -= np.log(np.exp(values).sum())
-        n = min(self._logprobs or 0, len(values))
-        best = np.argpartition(values, -n)[-n:] if n else np.empty(0, np.intp)
-        ordered = best[np.argsort(-values[best], kind="stable")]
-        top = tuple((int(i), self.vocabulary[int(i)][1], float(values[i])) for i in ordered)
-        return float(values[token]), top
 
     def _give(self, text: str, tokens: list[TokenInfo]) -> None:
         if text or tokens:

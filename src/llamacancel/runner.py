@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ._cancel import CancelToken
 from ._context import Context
@@ -27,6 +27,9 @@ from .outcome import for_a_reader, is_lost
 from .scheduler import Clear, Copy, Cut, Fault, MemoryRules, Outcome, Plan, Request, Rows, Sampled
 from .scheduler.plan import Action
 from .work import ending_of
+
+if TYPE_CHECKING:
+    from ._sampler import Chosen
 
 __all__ = ["Runner", "rules_of"]
 
@@ -279,25 +282,25 @@ class Runner:
             self._sample(due, outcome)
 
     def _sample(self, due: list[tuple[Rows, int, GenerationWork]], outcome: Outcome) -> None:
-        for (rows, row, work), token in zip(due, self._choose(due), strict=True):
+        for (rows, _, work), drawn in zip(due, self._choose(due), strict=True):
             try:
-                if isinstance(token, Exception):
-                    raise token
-                outcome.sampled[rows.slot] = Sampled(token, work.take(token, self.context, row))
+                if isinstance(drawn, Exception):
+                    raise drawn
+                outcome.sampled[rows.slot] = Sampled(drawn[0], work.take(*drawn))
             except DecodeCancelled:
                 outcome.cancelled[rows.request] = ending_of(work.token)
             except BaseException as error:
                 outcome.failed[rows.request] = for_a_reader(error)
 
-    def _choose(self, due: list[tuple[Rows, int, GenerationWork]]) -> Sequence[int | Exception]:
+    def _choose(self, due: list[tuple[Rows, int, GenerationWork]]) -> Sequence[Chosen | Exception]:
         """The next token of each, or why there is none."""
-        rows = [(cast(Sampler, work.sampler), row, work.token) for _, row, work in due]
+        rows = [(cast(Sampler, work.sampler), row, work.token, work.logprobs) for _, row, work in due]
         try:
             return choose_tokens(self.context, rows)
         except BaseException as error:
             if len(due) == 1:
                 return [for_a_reader(error)]
-        return [token for each in due for token in self._choose([each])]
+        return [drawn for each in due for drawn in self._choose([each])]
 
     # -- embeddings
 

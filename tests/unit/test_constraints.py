@@ -148,10 +148,9 @@ def test_requests_of_an_engine_follow_constraints_of_their_own(model_of: LoadedM
 
 def test_a_constraint_that_fails_ends_its_own_request(model_of: LoadedModel) -> None:
     with lc.Engine(model_of("llama"), slots=2, n_threads=1) as engine:
-        wrong = engine.submit("Hello", sampler=lc.Sampler(json_schema={"not": {}}))
-        right = engine.submit("Hello", max_tokens=100, sampler=lc.Sampler(regex="[abc]{20}"))
         with pytest.raises(ValueError, match="the JSON schema cannot be used"):
-            wrong.result()
+            engine.submit("Hello", sampler=lc.Sampler(json_schema={"not": {}}))
+        right = engine.submit("Hello", max_tokens=100, sampler=lc.Sampler(regex="[abc]{20}"))
         assert re.fullmatch("[abc]{20}", right.result().text)
 
 

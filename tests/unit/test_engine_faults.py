@@ -259,7 +259,7 @@ def test_a_cancel_beside_a_failing_step_still_ends_as_a_cancel(failing: Callable
 
 def test_a_request_whose_grammar_becomes_too_ambiguous_ends_alone() -> None:
     prompts = [ids(40, seed) for seed in range(3)]
-    grammar = 'root ::= "y" a0\n' + ambiguous(9).partition("\n")[2]
+    grammar = 'root ::= "y" a0\n' + ambiguous(10).partition("\n")[2]
     samplers = [greedy(), lc.Sampler(grammar=grammar, temperature=0), greedy()]
     with engine("llama", slots=3) as e:
         with Gate(e):

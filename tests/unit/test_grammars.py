@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import pytest
 
 import llamacancel as lc
 from tests.conftest import batch_of, prompt
+from tests.laws.clock import FAR, deadline_at, readings_of
 from tests.unit.grammars import SCHEMAS, TEXTS, ambiguous
 
 LoadedModel = Callable[[str], lc.Model]
@@ -54,12 +56,115 @@ def test_a_rule_that_begins_with_itself_is_named(rule: str, grammar: str, model_
 
 
 def test_a_grammar_that_can_be_read_in_too_many_ways_is_refused(ctx: lc.Context) -> None:
-    for grammar in (ambiguous(8), ambiguous(16), 'root ::= "y" a0\n' + ambiguous(9).partition("\n")[2]):
+    for grammar in (ambiguous(10), ambiguous(16), 'root ::= "y" a0\n' + ambiguous(10).partition("\n")[2]):
         with pytest.raises(ValueError, match="too ambiguous"):  # noqa: PT012
             sampler = lc.Sampler(grammar=grammar, temperature=0, model=ctx.model)
             for _ in range(3):
                 sampler.sample(ctx)
     assert lc.Sampler(temperature=0).sample(ctx) == int(np.argmax(ctx.logits()))
+
+
+KINDS: dict[str, Callable[[int], str]] = {
+    "a long text": lambda n: f'root ::= "{"a" * n}"',
+    "many rules": lambda n: "\n".join(["root ::= r0", *(f'r{i} ::= "a" r{i + 1}' for i in range(n)), f'r{n} ::= "b"']),
+    "a chain of rules": lambda n: "\n".join(["root ::= r0", *(f"r{i} ::= r{i + 1}" for i in range(n)), f'r{n} ::= ""']),
+    "groups side by side": lambda n: "root ::= " + '("a" "b") ' * n,
+    "groups in groups": lambda n: "root ::= " + "(" * n + '"a"' + ")" * n,
+    "groups under a long name": lambda n: f"{'x' * n} ::= " + '("a") ' * n + f"\nroot ::= {'x' * n}",
+    "a long name, often": lambda n: f"root ::= {' '.join(['y' * n] * 40)}\n{'y' * n} ::= [a]",
+    "a repeated text": lambda n: f'root ::= "{"a" * n}"{{2000}}',
+    "repeated texts": lambda n: "root ::= " + '"abcdefgh"{1000} ' * n,
+    "an optional text": lambda n: f'root ::= "{"a" * n}"{{0,2000}}',
+    "a repeated group": lambda n: f'root ::= ("{"a" * n}" | "b"){{500}}',
+    "repetitions of repetitions": lambda n: "root ::= " + "(" * 6 + '"a"' + f"{{{n}}})" * 6,
+    "signs behind each other": lambda n: 'root ::= "a"' + "+" * n,
+    "a wide class": lambda n: f"root ::= [{'a-z' * n}]",
+    "a comment": lambda n: 'root ::= "a" #' + "x" * n,
+    "comments": lambda n: "#\n" * n + 'root ::= "a"',
+    "braces": lambda n: 'root ::= "a"' + "{" * n,
+    "a long number": lambda n: 'root ::= "a"{' + "9" * n + "}",
+    "open texts": lambda n: 'root ::= "' * n,
+    "names of tokens": lambda n: "root ::= " + "<s> " * (n // 100),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_grammar_twice_as_long_takes_twice_the_steps_or_is_refused(kind: str, model_of: LoadedModel) -> None:
+    """Each element is counted before it is made, so what steps bound memory is bound by, too."""
+    taken = []
+    for n in (4_000, 8_000, 16_000, 32_000):
+        sampler = lc.Sampler(grammar=KINDS[kind](n))
+        try:
+            sampler.bind(model_of("llama"))
+        except ValueError as error:
+            assert len(str(error)) < 400, "what is told of a text is an excerpt"  # noqa: PT017
+        taken.append(sampler._steps)  # type: ignore[attr-defined]
+    assert all(after <= 2.3 * before + 5_000 for before, after in itertools.pairwise(taken)), taken
+
+
+def test_copies_of_a_text_are_counted_before_they_are_made(model_of: LoadedModel) -> None:
+    sampler = lc.Sampler(grammar=f'root ::= "{"a" * 100_000}"{{2000}}')  # 1.6 GB
+    with pytest.raises(ValueError, match="more than 2000000 characters"):
+        sampler.bind(model_of("llama"))
+    with pytest.raises(ValueError, match="at least 5 and at most 2"):
+        lc.Sampler(grammar='root ::= ("a"{5, # a comment between\n 2})', model=model_of("llama"))
+
+
+def test_each_range_of_a_class_is_counted(ctx: lc.Context) -> None:
+    def steps(n: int) -> int:
+        sampler = lc.Sampler(grammar=f"root ::= [{'a-z' * n}]+", temperature=0, model=ctx.model)
+        sampler.sample(ctx)
+        return int(sampler._steps)  # type: ignore[attr-defined]
+
+    one, many, twice = steps(1), steps(500), steps(1_000)
+    assert many > 3 * one
+    assert 1.8 * (many - one) < twice - one < 2.2 * (many - one)
+    with pytest.raises(ValueError, match="too large"):
+        steps(100_000)
+
+
+def test_a_wide_class_is_left_by_a_cancelled_call(ctx: lc.Context) -> None:
+    grammar = f"root ::= [{'a-z' * 1_000}]+"
+    sampler = lc.Sampler(grammar=grammar, temperature=0, model=ctx.model)
+    twin = sampler.clone()
+    whole = readings_of(lambda: twin.clone().sample(ctx, token=lc.CancelToken(timeout=FAR)))
+    assert whole > 500, "it is looked at while the class is compared with the vocabulary"
+    for reading in (2, whole // 2, whole - 2):
+        with deadline_at(reading), pytest.raises(lc.DeadlineExceeded):
+            sampler.sample(ctx, token=lc.CancelToken(timeout=FAR))
+    assert sampler.sample(ctx) == twin.sample(ctx)
+
+
+def test_a_choice_of_many_allows_what_choices_of_few_allow(ctx: lc.Context) -> None:
+    """With many stacks the vocabulary is compared by first characters, with few as llama.cpp does."""
+    texts = ["apple", "apricot", "banana", "blueberry", "cherry", "date", "\u00e9", "\u65e5\u672c"]
+    ways = [*(f'"{text}"' for text in texts), "[f-h]", "[^\\x01-\\x7E\\u0080-\\U0010FFFF]", '""']
+
+    def allowed(ways: list[str]) -> set[int]:
+        grammar = "root ::= " + " | ".join(ways)
+        sampler = lc.Sampler(grammar=grammar, temperature=1e6, top_k=0, top_p=1, min_p=0, model=ctx.model)
+        return {sampler.clone(seed=seed).sample(ctx) for seed in range(500)}
+
+    few = set().union(*(allowed(ways[i : i + 2]) for i in range(0, len(ways), 2)))
+    assert len(few) > 30
+    assert allowed(ways) == few
+
+
+def test_a_grammar_is_parsed_under_a_token(model_of: LoadedModel) -> None:
+    token = lc.CancelToken()
+    token.cancel("enough")
+    sampler = lc.Sampler(grammar='root ::= "a"')
+    with pytest.raises(lc.DecodeCancelled, match="enough"):
+        sampler.bind(model_of("llama"), token)
+    with pytest.raises(lc.DecodeCancelled, match="enough"):
+        lc.Sampler(grammar='root ::= "a"', model=model_of("llama"), token=token)
+    sampler.bind(model_of("llama"))
+    text = KINDS["groups side by side"](20_000)
+    whole = readings_of(lambda: lc.Sampler(grammar=text, model=model_of("llama"), token=lc.CancelToken(timeout=FAR)))
+    assert whole > 50
+    for reading in (3, whole // 2, whole - 1):
+        with deadline_at(reading), pytest.raises(lc.DeadlineExceeded, match="parsing a grammar"):
+            lc.Sampler(grammar=text, model=model_of("llama"), token=lc.CancelToken(timeout=FAR))
 
 
 def test_a_refused_grammar_leaves_other_threads_their_time(model_of: LoadedModel) -> None:

@@ -11,6 +11,7 @@ import pytest
 import llamacancel as lc
 from llamacancel._sampler import choose_tokens
 from tests.conftest import batch_of, prompt
+from tests.laws.words import run_python
 
 LoadedModel = Callable[[str], lc.Model]
 NewContext = Callable[..., lc.Context]
@@ -287,8 +288,8 @@ def test_several_rows_get_the_tokens_that_they_would_get_one_by_one(model_of: Lo
         ]
         alone = [sampler.clone() for sampler in together]
         for _ in range(5):
-            found = choose_tokens(ctx, [(sampler, i, lc.CancelToken()) for i, sampler in enumerate(together)])
-            assert found == [sampler.sample(ctx, i) for i, sampler in enumerate(alone)]
+            found = choose_tokens(ctx, [(sampler, i, lc.CancelToken(), None) for i, sampler in enumerate(together)])
+            assert [token for token, _, _ in found] == [sampler.sample(ctx, i) for i, sampler in enumerate(alone)]
 
 
 def test_of_several_rows_each_fails_alone(ctx: lc.Context) -> None:
@@ -301,22 +302,116 @@ def test_of_several_rows_each_fails_alone(ctx: lc.Context) -> None:
         found = choose_tokens(
             ctx,
             [
-                (samplers[0], 3, going),
-                (samplers[1], 4, going),  # has no logits
-                (samplers[2], 11, gone),
-                (impossible, 3, going),
-                (samplers[0], 11, going),  # is in use
-                (samplers[3], -1, going),
+                (samplers[0], 3, going, None),
+                (samplers[1], 4, going, None),  # has no logits
+                (samplers[2], 11, gone, None),
+                (impossible, 3, going, None),
+                (samplers[0], 11, going, None),  # is in use
+                (samplers[3], -1, going, None),
             ],
         )
         kinds = [type(one) for one in found]
-        assert kinds == [int, IndexError, lc.DecodeCancelled, ValueError, lc.ContextBusyError, int]
+        assert kinds == [tuple, IndexError, lc.DecodeCancelled, ValueError, lc.ContextBusyError, tuple]
         assert isinstance(found[2], lc.DecodeCancelled)
         assert found[2].reason == "gone"
         assert "no token of the vocabulary" in str(found[3])
-        assert (found[0], found[5]) == (rest[0].sample(ctx, 3), rest[3].sample(ctx, 11))
+        assert (found[0][0], found[5][0]) == (rest[0].sample(ctx, 3), rest[3].sample(ctx, 11))
     assert [s.sample(ctx) for s in samplers] == [r.sample(ctx) for r in rest], "those that failed are as they were"
 
 
 def test_no_rows_get_no_tokens(ctx: lc.Context) -> None:
     assert choose_tokens(ctx, []) == []
+
+
+# ---- log probabilities ----------------------------------------------------------------------------------------------
+
+
+def test_log_probabilities_are_those_of_float64(ctx: lc.Context) -> None:
+    values = ctx.logits(3).astype(np.float64)
+    values -= values.max()
+    values -= np.log(np.exp(values).sum())
+    ((token, logprob, top),) = choose_tokens(ctx, [(lc.Sampler(temperature=2.0, seed=5), 3, lc.CancelToken(), 20)])  # type: ignore[misc]
+    assert logprob == pytest.approx(values[token], abs=1e-6)
+    best = np.argsort(-values, kind="stable")[:20]
+    assert [each for each, _ in top] == best.tolist()
+    assert [value for _, value in top] == pytest.approx(values[best].tolist(), abs=1e-6)
+    greedy = lc.Sampler(temperature=0)
+    none, zero = choose_tokens(ctx, [(greedy, 3, lc.CancelToken(), None), (greedy.clone(), 3, lc.CancelToken(), 0)])
+    assert none == (int(best[0]), None, ())
+    assert isinstance(zero, tuple)
+    assert zero[1] == pytest.approx(values.max(), abs=1e-6)
+    assert zero[2] == ()
+
+
+def test_of_equal_log_probabilities_the_lower_token_comes_first(model_of: LoadedModel, new_context: NewContext) -> None:
+    model, context = model_of("llama"), new_context("llama")
+    rows = lc.Batch(1, n_embd=model.n_embd)
+    rows.add(np.zeros(model.n_embd, np.float32), 0, 0, logits=True)
+    context.decode(rows)
+    assert len(set(context.logits().tolist())) == 1
+    ((_, logprob, top),) = choose_tokens(context, [(lc.Sampler(seed=1), -1, lc.CancelToken(), 5)])  # type: ignore[misc]
+    assert [token for token, _ in top] == [0, 1, 2, 3, 4]
+    assert logprob == pytest.approx(-math.log(model.n_vocab), abs=1e-6)
+
+
+# ---- clones and biases ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"xtc_probability": 0.5, "xtc_threshold": 0.0}, {"mirostat": 1}, {"mirostat": 2},
+    {"grammar": "root ::= [a-z]+"}, {"regex": "[a-z]+"}, {"logit_bias": {77: 5.0}},
+])  # fmt: skip
+def test_a_clone_with_another_seed_draws_as_one_that_was_made_with_it(
+    options: dict[str, object], ctx: lc.Context
+) -> None:
+    base = {"temperature": 1.5, "top_k": 0, **options}
+    bound = lc.Sampler(**base, seed=3, model=ctx.model)  # type: ignore[arg-type]
+    assert chosen(bound.clone(seed=9), ctx) == chosen(lc.Sampler(**base, seed=9), ctx)  # type: ignore[arg-type]
+    assert chosen(lc.Sampler(**base, seed=3).clone(seed=9), ctx) == chosen(bound.clone(seed=9), ctx)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("bias", "kind"), [
+    ({10**5000: 1.0}, ValueError), ({-1: 1.0}, ValueError), ({"9" * 5000: 1.0}, TypeError), ({1: math.inf}, ValueError),
+    ({1: math.nan}, ValueError), ({1: 10**5000}, ValueError), ({1: 1e300}, ValueError), ({1: "x" * 9000}, TypeError),
+])  # fmt: skip
+def test_an_absurd_bias_is_refused_in_words(bias: dict[int, float], kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="logit_bias") as told:
+        lc.Sampler(logit_bias=bias)
+    assert len(str(told.value)) < 6000
+
+
+def test_biases_and_a_constraint_go_together(ctx: lc.Context) -> None:
+    model = ctx.model
+    a, b = (next(t for t in range(300, model.n_vocab) if model.token_to_piece(t) == piece) for piece in (b"a", b"b"))
+    biases = dict.fromkeys(range(model.n_vocab), -1.0)
+    for best in (a, b):
+        sampler = lc.Sampler(temperature=0, regex="a|b", logit_bias={**biases, best: 50.0})
+        assert sampler.sample(ctx) == best
+
+
+# ---- another process ------------------------------------------------------------------------------------------------
+
+
+def test_a_bound_sampler_is_refused_in_a_forked_child() -> None:
+    ran = run_python("""
+import os, sys
+import llamacancel as lc
+from llamacancel.make_model import cached_model
+model = lc.Model.load(cached_model("llama", "tiny"))
+bound, unbound = lc.Sampler(seed=1, model=model), lc.Sampler(seed=1)
+child = os.fork()
+if child == 0:
+    for act in (bound.clone, bound.reset, lambda: bound.accept(3)):
+        try:
+            act()
+            os._exit(1)
+        except lc.ClosedError as error:
+            assert "forked" in str(error)
+    unbound.clone()
+    del act, bound
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+bound.accept(3)
+print("well")
+""")
+    assert (ran.returncode, ran.stdout) == (0, "well\n"), ran.stderr

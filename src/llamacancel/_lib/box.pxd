@@ -1,16 +1,17 @@
 # The native core as Cython sees it: declarations of _native/{call,cut,memory,outputs,box,guard,rpc,sampler}.hpp.
 
 from libc.stddef cimport size_t
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool
 from libcpp.map cimport map as cppmap
 from libcpp.memory cimport shared_ptr
 from libcpp.set cimport set as cppset
+from libcpp.pair cimport pair
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from .llama cimport (
-    llama_adapter_lora, llama_context, llama_context_params, llama_model, llama_model_params, llama_pos, llama_sampler, llama_seq_id,
+    llama_adapter_lora, llama_context, llama_context_params, llama_logit_bias, llama_model, llama_model_params, llama_pos, llama_sampler, llama_seq_id,
     llama_token, llama_vocab,
 )
 from .token cimport TokenState, Verdict
@@ -154,7 +155,7 @@ cdef extern from "box.hpp" namespace "llamacancel" nogil:
         Status tokenize(const string & text, bool add_special, bool parse_special, Call & call,
                         vector[llama_token] & tokens, string & message) except +
         Status detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special,
-                          string & text, string & message) except +
+                          Call & call, string & text, string & message) except +
         string piece(llama_token token, bool special) except +
         Status load_adapter(const string & path, Call & call, llama_adapter_lora * & adapter, string & identity,
                             string & message) except +
@@ -215,9 +216,14 @@ cdef extern from "sampler.hpp" namespace "llamacancel" nogil:
         Status status
         llama_token token
         string message
+        uint64_t steps
+        const vector[llama_logit_bias] * biases
+        int32_t n_top
+        double logprob
+        vector[pair[llama_token, double]] top
     void sample(Draw & draw, int32_t n_vocab) except +
     void sample_rows "llamacancel::sample" (vector[Draw] & draws, int32_t n_vocab, int n_threads) except +
-    Status accept(llama_sampler * chain, llama_token token, string & message) except +
+    Status accept(llama_sampler * chain, llama_token token, string & message, uint64_t & steps) except +
     void reset(llama_sampler * chain) except +
-    llama_sampler * make_grammar(const llama_vocab * vocab, const string & text, const string & root,
-                                 string & message) except +
+    Status make_grammar(const llama_vocab * vocab, const string & text, const string & root, Call & call,
+                        llama_sampler *& made, string & message, uint64_t & steps) except +

@@ -146,6 +146,9 @@ cdef extern from "llama.h" nogil:
 
     llama_sampler * llama_sampler_chain_init(llama_sampler_chain_params params)
     void llama_sampler_chain_add(llama_sampler * chain, llama_sampler * sampler)
+    llama_sampler * llama_sampler_chain_get(llama_sampler * chain, int32_t i)
+    int llama_sampler_chain_n(const llama_sampler * chain)
+    const char * llama_sampler_name(const llama_sampler * sampler)
     void llama_sampler_free(llama_sampler * sampler)
     void llama_sampler_reset(llama_sampler * sampler)
     llama_sampler * llama_sampler_clone(const llama_sampler * sampler)

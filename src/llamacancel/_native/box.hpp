@@ -59,7 +59,7 @@ public:
     Status tokenize(const std::string & text, bool add_special, bool parse_special, Call & call,
                     std::vector<llama_token> & tokens, std::string & message) const;
     Status detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special,
-                      std::string & text, std::string & message) const;
+                      Call & call, std::string & text, std::string & message) const;
     std::string piece(llama_token token, bool special) const;
 
     // A LoRA adapter, to be freed before the model; `identity` tells it from others as identity() does models.

@@ -9,6 +9,7 @@
 #include "llama-context.h"
 #include "llama-graph.h"
 #include "llama-model.h"
+#include "llama-vocab.h"
 #include "steps.hpp"
 
 namespace llamacancel {
@@ -309,17 +310,32 @@ Status ModelBox::tokenize(const std::string & text, bool add_special, bool parse
 }
 
 Status ModelBox::detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special,
-                            std::string & text, std::string & message) const {
+                            Call & call, std::string & text, std::string & message) const {
     try {
-        AssertionGuard guard;
-        text.resize(size_t(n) * 8 + 16);
-        int32_t size = llama_detokenize(vocab(), tokens, n, text.data(), text.size(), remove_special, unparse_special);
-        if (size < 0) {
-            text.resize(-size);
-            size = llama_detokenize(vocab(), tokens, n, text.data(), text.size(), remove_special, unparse_special);
+        CountedSteps counted(call);
+        if (llama_vocab_type(vocab()) == LLAMA_VOCAB_TYPE_NONE) {
+            return Status::Done;
         }
-        text.resize(std::max(size, 0));
+        size_t most = 0;
+        for (int32_t i = 0; i < n; ++i) {
+            if (i % 1024 == 0) {
+                counted.add(1024 / 16);
+            }
+            most += vocab()->token_to_piece(tokens[i]).size();
+        }
+        if (most > INT32_MAX) {
+            throw std::runtime_error("it would be longer than 2^31 bytes");
+        }
+        text.resize(most + 1);
+        const int32_t size =
+            llama_detokenize(vocab(), tokens, n, text.data(), text.size(), remove_special, unparse_special);
+        if (size < 0) {
+            throw std::runtime_error("it is longer than its pieces are");
+        }
+        text.resize(size);
         return Status::Done;
+    } catch (const Stopped &) {
+        return Status::Cancelled;
     } catch (const std::exception & error) {
         message = error.what();
         return Status::Failed;

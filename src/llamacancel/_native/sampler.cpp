@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cctype>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -17,10 +16,11 @@ namespace llamacancel {
 
 namespace {
 
-// What llama.cpp's parser never ends on ({m,n} with n < m counts down from 2^64), recurses too deep for, or
-// takes for no grammar at all. Texts, classes and comments are passed over.
-void check_text(const std::string & text) {
+// What llama.cpp's parser recurses too deep for, or takes for no grammar at all. Texts, classes and comments are passed
+// over.
+void check_text(const std::string & text, CountedSteps & counted) {
     constexpr int kDeepest = 500;
+    counted.add(text.size() / 16);
     if (text.find_first_not_of(" \t\r\n") == std::string::npos) {
         throw std::runtime_error("it is empty");
     }
@@ -38,12 +38,6 @@ void check_text(const std::string & text) {
             throw std::runtime_error("it is nested deeper than " + std::to_string(kDeepest));
         } else if (c == ')') {
             --depth;
-        } else if (c == '{') {
-            unsigned long long least = 0, most = 0;
-            if (std::sscanf(text.c_str() + i, "{ %llu , %llu", &least, &most) == 2 && most < least) {
-                throw std::runtime_error("a repetition of at least " + std::to_string(least) + " and at most " +
-                                         std::to_string(most));
-            }
         }
     }
 }
@@ -57,8 +51,8 @@ void check_text(const std::string & text) {
 // followed once, and what llama.cpp would do is counted.
 class Beginnings {
 public:
-    explicit Beginnings(const llama_grammar_rules & rules)
-        : rules_(rules), may_be_empty_(rules.size(), false), visits_(rules.size()) {
+    Beginnings(const llama_grammar_rules & rules, CountedSteps & counted)
+        : rules_(rules), counted_(counted), may_be_empty_(rules.size(), false), visits_(rules.size()) {
         find_empty();
     }
 
@@ -115,6 +109,7 @@ private:
         std::vector<std::vector<size_t>> named_in(rules_.size());
         std::vector<size_t> empty;
         for (uint32_t id = 0; id < rules_.size(); ++id) {
+            counted_.add(1 + rules_[id].size() / 16);
             size_t n_rules = 0, n_others = 0;
             for (const llama_grammar_element & element : rules_[id]) {
                 if (!ends(element)) {
@@ -139,6 +134,7 @@ private:
                 continue;
             }
             may_be_empty_[id] = true;
+            counted_.add(1 + named_in[id].size() / 16);
             for (const size_t i : named_in[id]) {
                 if (--alternatives[i].open == 0) {
                     empty.push_back(i);
@@ -163,6 +159,7 @@ private:
         open_.push_back(id);
         bool at_beginning = true;
         const llama_grammar_rule & rule = rules_[id];
+        counted_.add(1 + rule.size() / 16);
         for (size_t i = 0; i < rule.size(); ++i) {
             if (rule[i].type != LLAMA_GRETYPE_RULE_REF || !at_beginning) {
                 at_beginning = ends(rule[i]);
@@ -189,16 +186,23 @@ private:
     }
 
     const llama_grammar_rules & rules_;
+    CountedSteps & counted_;
     std::vector<bool> may_be_empty_;
     std::vector<Visit> visits_;
     std::vector<uint32_t> open_;
     uint32_t n_visits_ = 0;
 };
 
+// What of a text is put into a message.
+std::string excerpt(const std::string & text) {
+    constexpr size_t kMost = 200;
+    return text.size() <= kMost ? text : text.substr(0, kMost) + "...";
+}
+
 // llama_grammar_parser::parse() prints what is wrong to stderr. We ask its parts, which throw.
-void check_grammar(const llama_vocab * vocab, const std::string & text, const std::string & root,
-                   std::string & in_circles) {
-    check_text(text);
+llama_grammar * parse(const llama_vocab * vocab, const std::string & text, const std::string & root,
+                      CountedSteps & counted) {
+    check_text(text, counted);
     llama_grammar_parser parser(vocab);
     const char * at = text.c_str();
     while (*at == '#' || std::isspace(static_cast<unsigned char>(*at))) {
@@ -209,57 +213,157 @@ void check_grammar(const llama_vocab * vocab, const std::string & text, const st
     }
     for (const auto & [name, id] : parser.symbol_ids) {
         if (id >= parser.rules.size() || parser.rules[id].empty()) {
-            throw std::runtime_error("the rule '" + name + "' is not defined");
+            throw std::runtime_error("the rule '" + excerpt(name) + "' is not defined");
         }
     }
-    if (parser.symbol_ids.count(root) == 0) {
-        throw std::runtime_error("it has no rule '" + root + "' to begin with");
+    const auto first = parser.symbol_ids.find(root);
+    if (first == parser.symbol_ids.end()) {
+        throw std::runtime_error("it has no rule '" + excerpt(root) + "' to begin with");
     }
-    Beginnings(parser.rules).check(parser.symbol_ids, in_circles);
+    std::string in_circles;
+    Beginnings(parser.rules, counted).check(parser.symbol_ids, in_circles);
+    std::vector<const llama_grammar_element *> rules = parser.c_rules();
+    llama_grammar * const grammar = llama_grammar_init_impl(vocab, rules.data(), rules.size(), first->second);
+    if (!grammar) {
+        throw std::runtime_error(in_circles.empty()
+                                     ? last_errors()
+                                     : "the rule '" + excerpt(in_circles) + "' begins with itself (left recursion)");
+    }
+    return grammar;
 }
 
-// What a grammar may cost for one token, in llama.cpp's steps of some 50 ns. Most take 200,000 with a vocabulary of
-// 150,000 tokens, a choice of 500 texts 7 million; one that can be read in many ways takes more without bound, and
-// others wait.
-constexpr uint64_t kGrammarSteps = 16'000'000;
+// A grammar in a chain. llama.cpp's own parses its text again for a reset; ours begins again with a copy.
+struct Grammar {
+    struct Free {
+        void operator()(llama_grammar * grammar) const { llama_grammar_free_impl(grammar); }
+    };
+    using Pointer = std::unique_ptr<llama_grammar, Free>;
+
+    std::shared_ptr<const llama_grammar> at_start;
+    Pointer now = Pointer(llama_grammar_clone_impl(*at_start));
+
+    static Grammar & of(const llama_sampler * sampler) { return *static_cast<Grammar *>(sampler->ctx); }
+
+    static llama_sampler * make(std::unique_ptr<Grammar> grammar) {
+        return llama_sampler_init(&interface(), grammar.release());
+    }
+
+    static llama_sampler_i & interface() {
+        static llama_sampler_i functions = [] {
+            llama_sampler_i made = {};
+            made.name = [](const llama_sampler *) { return "grammar"; };
+            made.accept = [](llama_sampler * sampler, llama_token token) {
+                llama_grammar_accept_impl(*of(sampler).now, token);
+            };
+            made.apply = [](llama_sampler * sampler, llama_token_data_array * candidates) {
+                llama_grammar_apply_impl(*of(sampler).now, candidates);
+            };
+            made.reset = [](llama_sampler * sampler) {
+                of(sampler).now.reset(llama_grammar_clone_impl(*of(sampler).at_start));
+            };
+            made.clone = [](const llama_sampler * sampler) {
+                auto copy = std::make_unique<Grammar>(Grammar{of(sampler).at_start, nullptr});
+                copy->now.reset(llama_grammar_clone_impl(*of(sampler).now));
+                return make(std::move(copy));
+            };
+            made.free = [](llama_sampler * sampler) { delete &of(sampler); };
+            return made;
+        }();
+        return functions;
+    }
+};
+
+// What a grammar may cost for one token, its choice and its being told together, in llama.cpp's steps of some 50 ns:
+// others wait for as long, so it is half of what an engine's step takes by default (0.4 s). Most grammars take 4 for
+// each token of the vocabulary; one that can be read in many ways takes more without bound.
+constexpr uint64_t kTokenSteps = 4'000'000;
+
+// What its parsing may cost, which is on no engine's thread.
+constexpr uint64_t kParsingSteps = 16'000'000;
 
 constexpr const char * kNoneLeft =
     "no token of the vocabulary is left to choose: the grammar, the constraint or the biases exclude them all";
 
 constexpr const char * kTooAmbiguous =
-    "the grammar is too ambiguous: there are too many ways to read what was written so far, or to go on";
+    "the grammar is too ambiguous or too large: there are too many ways to read what was written so far, or to go on";
 
-// Runs `work` under the call; what it throws becomes a status and a message.
+// Runs `work` under the call; what it throws becomes a status and a message. `steps` grows by those that it takes.
 template <typename Work>
-Status guarded(Call & call, std::string & message, const Work & work) {
+Status guarded(Call & call, uint64_t most_steps, std::string & message, uint64_t & steps, const Work & work) {
     try {
-        const CountedSteps counted(call, kGrammarSteps);
-        work();
+        CountedSteps counted(call, most_steps);
+        struct Tell {
+            const CountedSteps & counted;
+            uint64_t & steps;
+            ~Tell() { steps += counted.steps(); }
+        } tell{counted, steps};
+        work(counted);
         return Status::Done;
     } catch (const Stopped &) {
         return Status::Cancelled;
     } catch (const TooManySteps &) {
         message = kTooAmbiguous;
     } catch (const std::exception & error) {
-        message = error.what();
+        message = excerpt(error.what());
     }
     return Status::Invalid;
+}
+
+// The logarithms of the probabilities that the logits give: of the token, and of the likeliest ones.
+void look_at(Draw & draw, int32_t n_vocab) {
+    const float * const logits = draw.logits;
+    const float most = *std::max_element(logits, logits + n_vocab);
+    double sum = 0;
+    for (int32_t id = 0; id < n_vocab; ++id) {
+        sum += std::exp(logits[id] - most);
+    }
+    const double whole = most + std::log(sum);
+    draw.logprob = logits[draw.token] - whole;
+    const auto likelier = [&](llama_token a, llama_token b) {
+        return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+    };
+    std::vector<llama_token> best;  // a heap with the least likely of them on top
+    const size_t n_top = std::min(draw.n_top, n_vocab);
+    for (llama_token id = 0; id < n_vocab && n_top > 0; ++id) {
+        if (best.size() == n_top) {
+            if (!likelier(id, best.front())) {
+                continue;
+            }
+            std::pop_heap(best.begin(), best.end(), likelier);
+            best.pop_back();
+        }
+        best.push_back(id);
+        std::push_heap(best.begin(), best.end(), likelier);
+    }
+    std::sort_heap(best.begin(), best.end(), likelier);
+    draw.top.clear();
+    for (const llama_token id : best) {
+        draw.top.push_back({id, logits[id] - whole});
+    }
 }
 
 }  // namespace
 
 void sample(Draw & draw, int32_t n_vocab) {
-    draw.status = guarded(draw.call, draw.message, [&] {
+    draw.status = guarded(draw.call, kTokenSteps, draw.message, draw.steps, [&](CountedSteps &) {
         const std::unique_ptr<llama_token_data[]> candidates(new llama_token_data[n_vocab]);  // not zeroed first
         bool numbers = true;
-        size_t n = 0;
         for (llama_token id = 0; id < n_vocab; ++id) {
-            candidates[n] = {id, draw.logits[id], 0.0f};
+            candidates[id] = {id, draw.logits[id], 0.0f};
             numbers &= draw.logits[id] < INFINITY;
-            n += !draw.mask || (draw.mask[id / 32] >> (id % 32) & 1);
         }
         if (!numbers) {
             throw std::runtime_error("the logits are not numbers: there are NaNs or infinities among them");
+        }
+        if (draw.biases) {  // here, where a token is at its own place: llama.cpp's sampler searches behind a mask
+            for (const llama_logit_bias & bias : *draw.biases) {
+                candidates[bias.token].logit += bias.bias;
+            }
+        }
+        size_t n = draw.mask ? 0 : n_vocab;
+        for (llama_token id = 0; draw.mask && id < n_vocab; ++id) {
+            candidates[n] = candidates[id];
+            n += draw.mask[id / 32] >> (id % 32) & 1;
         }
         if (n == 0) {
             throw std::runtime_error(kNoneLeft);
@@ -276,7 +380,10 @@ void sample(Draw & draw, int32_t n_vocab) {
         draw.token = chosen.id;
     });
     if (draw.status == Status::Done) {
-        draw.status = accept(draw.chain, draw.token, draw.message);
+        draw.status = accept(draw.chain, draw.token, draw.message, draw.steps);  // of what is left for the token
+    }
+    if (draw.status == Status::Done && draw.n_top >= 0) {
+        look_at(draw, n_vocab);
     }
 }
 
@@ -284,9 +391,10 @@ void sample(std::vector<Draw> & draws, int32_t n_vocab, int n_threads) {
     share(n_threads, static_cast<int>(draws.size()), [&](int i) { sample(draws[i], n_vocab); });
 }
 
-Status accept(llama_sampler * chain, llama_token token, std::string & message) {
+Status accept(llama_sampler * chain, llama_token token, std::string & message, uint64_t & steps) {
     Call whole;  // a chain half of which knows the token would be of no use
-    return guarded(whole, message, [&] { llama_sampler_accept(chain, token); });
+    const uint64_t left = kTokenSteps - std::min(steps, kTokenSteps);
+    return guarded(whole, left, message, steps, [&](CountedSteps &) { llama_sampler_accept(chain, token); });
 }
 
 void reset(llama_sampler * chain) {
@@ -295,25 +403,17 @@ void reset(llama_sampler * chain) {
     llama_sampler_reset(chain);
 }
 
-llama_sampler * make_grammar(const llama_vocab * vocab, const std::string & text, const std::string & root,
-                             std::string & message) {
+Status make_grammar(const llama_vocab * vocab, const std::string & text, const std::string & root, Call & call,
+                    llama_sampler *& made, std::string & message, uint64_t & steps) {
     clear_errors();
-    Call whole;
-    std::string in_circles;
-    llama_sampler * sampler = nullptr;
-    const Status status = guarded(whole, message, [&] {
-        check_grammar(vocab, text, root, in_circles);
-        sampler = llama_sampler_init_grammar(vocab, text.c_str(), root.c_str());
-        if (!sampler) {
-            throw std::runtime_error(in_circles.empty()
-                                         ? last_errors()
-                                         : "the rule '" + in_circles + "' begins with itself (left recursion)");
-        }
+    const Status status = guarded(call, kParsingSteps, message, steps, [&](CountedSteps & counted) {
+        std::shared_ptr<const llama_grammar> grammar(parse(vocab, text, root, counted), Grammar::Free{});
+        made = Grammar::make(std::make_unique<Grammar>(Grammar{std::move(grammar)}));
     });
     if (status == Status::Invalid && message != kTooAmbiguous) {
         message = "the grammar cannot be parsed: " + message;
     }
-    return sampler;
+    return status;
 }
 
 }  // namespace llamacancel

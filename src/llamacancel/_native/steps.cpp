@@ -77,18 +77,19 @@ void CountedSteps::listen() noexcept {
 #endif
 }
 
-void CountedSteps::took(void * data, size_t n_steps) {
-    CountedSteps & self = *static_cast<CountedSteps *>(data);
-    self.steps_ += n_steps;
-    if (self.steps_ > self.most_) {
-        throw TooManySteps("more than " + std::to_string(self.most_) + " steps");
+void CountedSteps::took(void * self, size_t n_steps) { static_cast<CountedSteps *>(self)->add(n_steps); }
+
+void CountedSteps::add(size_t n_steps) {
+    steps_ += n_steps;
+    if (steps_ > most_) {
+        throw TooManySteps("more than " + std::to_string(most_) + " steps");
     }
-    if (stack_is_short(self.stack_at_)) {
+    if (stack_is_short(stack_at_)) {
         throw StackTooSmall("more recursion than this thread's stack has room for");
     }
-    if (self.steps_ >= self.next_look_) {
-        self.next_look_ = self.steps_ + kStride;
-        if ((exiting() && !self.at_exit_) || self.call_.should_stop()) {
+    if (steps_ >= next_look_) {
+        next_look_ = steps_ + kStride;
+        if ((exiting() && !at_exit_) || call_.should_stop()) {
             throw Stopped{};
         }
     }

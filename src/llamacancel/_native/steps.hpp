@@ -36,6 +36,11 @@ public:
     CountedSteps(const CountedSteps &) = delete;
     CountedSteps & operator=(const CountedSteps &) = delete;
 
+    // Steps of our own, counted as llama.cpp's are; throws as they do.
+    void add(size_t n_steps);
+
+    uint64_t steps() const noexcept { return steps_; }
+
 private:
     static void took(void * self, size_t n_steps);
 

@@ -202,19 +202,16 @@ async def make_samplers(
         )
     first = random.getrandbits(32) if body.seed in (None, -1) else body.seed
 
-    def make(_: CancelToken) -> list[Sampler]:
-        bias = _logit_bias(model, given_bias)
-        follows = constraint()
-        return [
-            Sampler(
-                **options,
-                logit_bias=bias,
-                **follows,
-                seed=(first + k) % (2**32 - 1),
-                model=model,
-            )
-            for k in range(count)
-        ]
+    def make(token: CancelToken) -> list[Sampler]:
+        only = Sampler(
+            **options,
+            logit_bias=_logit_bias(model, given_bias),
+            **constraint(),
+            seed=first % (2**32 - 1),
+            model=model,
+            token=token,
+        )
+        return [only, *(only.clone(seed=(first + k) % (2**32 - 1)) for k in range(1, count))]
 
     try:
         size = LONG_TEXT if constrained_by is not None else len(given_bias) * count
