@@ -116,15 +116,15 @@ def test_each_range_of_a_class_is_counted(ctx: lc.Context) -> None:
         sampler.sample(ctx)
         return int(sampler._steps)  # type: ignore[attr-defined]
 
-    one, many, twice = steps(1), steps(500), steps(1_000)
-    assert many > 3 * one
+    one, many, twice = steps(1), steps(200), steps(400)
+    assert many > 2 * one
     assert 1.8 * (many - one) < twice - one < 2.2 * (many - one)
     with pytest.raises(ValueError, match="too large"):
         steps(100_000)
 
 
 def test_a_wide_class_is_left_by_a_cancelled_call(ctx: lc.Context) -> None:
-    grammar = f"root ::= [{'a-z' * 1_000}]+"
+    grammar = f"root ::= [{'a-z' * 400}]+"
     sampler = lc.Sampler(grammar=grammar, temperature=0, model=ctx.model)
     twin = sampler.clone()
     whole = readings_of(lambda: twin.clone().sample(ctx, token=lc.CancelToken(timeout=FAR)))
