@@ -25,7 +25,7 @@ export PIP_FIND_LINKS := $(abspath $(WHEELHOUSE))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-asan fuzz soak bench gpu-check vulkan-check gpu-wheelhouse build lint clean
+.PHONY: help demo test test-native test-asan fuzz soak schema-suite bench gpu-check vulkan-check gpu-wheelhouse build lint clean
 
 help:           ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -50,6 +50,9 @@ fuzz: build     ## random schemas, grammars, bodies, files, states: SECONDS=600 
 
 soak: build     ## random schedules with cancels against a twin, to the bit: SECONDS=600 long, or CANCELS=100000 a memory kind
 	$(PY) -m tests.laws.schedules $(if $(SECONDS),--seconds $(SECONDS)) $(if $(CANCELS),--cancels $(CANCELS)) $(SOAK_ARGS)
+
+schema-suite: build ## the official JSON-Schema-Test-Suite: what is taken, refused in words, judged rightly
+	$(PY) -m tests.unit.schema_suite
 
 bench: build    ## measure; the report and the plot go to benchmarks/results
 	$(PY) -m benchmarks $(BENCH_ARGS)

@@ -31,23 +31,19 @@ class FetchError(Exception):
     """What went wrong and what to do about it, in one message."""
 
 
-def download(lock: dict, folder: pathlib.Path) -> pathlib.Path:
-    """Download the locked sdist into `folder` with pip and return its path."""
+def download(lock: dict, folder: pathlib.Path, what: str = "the llama.cpp sources, 75 MB") -> pathlib.Path:
+    """Download the locked sdist, which carries `what`, into `folder` with pip and return its path."""
     # PYTHONPATH and friends point into the isolated environment of the build that we run in, and to its backend.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PEP517", "_PYPROJECT_HOOKS"))}
     requirement = f"{lock['package']}=={lock['version']}"
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps",
                "--no-binary", lock["package"], "--dest", str(folder), requirement]
-    print(f"llamacancel: downloading {requirement} (about 75 MB, once)", flush=True)
+    print(f"llamacancel: downloading {requirement} ({what}, once)", flush=True)
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     found = sorted(folder.glob("*.tar.gz"))
     if result.returncode != 0 or not found:
         tail = "\n".join((result.stdout + result.stderr).strip().splitlines()[-4:])
-        raise FetchError(
-            f"cannot download {requirement}, which carries the llama.cpp sources.\n{tail}\n"
-            "Without a network: build from our sdist, which has the sources inside, or point "
-            "-DLLAMACANCEL_LLAMA_DIR= at a checkout of llama.cpp."
-        )
+        raise FetchError(f"cannot download {requirement} ({what}).\n{tail}")
     return found[0]
 
 
@@ -62,7 +58,7 @@ def verify(sdist: pathlib.Path, expected: str) -> None:
         raise FetchError(f"cannot read {sdist}: {error.strerror}") from None
     if digest.hexdigest() != expected:
         raise FetchError(
-            f"{sdist.name} has SHA-256 {digest.hexdigest()},\nbut {LOCK.name} asks for {expected}.\n"
+            f"{sdist.name} has SHA-256 {digest.hexdigest()},\nbut the locked one is {expected}.\n"
             "The file was changed on its way or the lock file is wrong; nothing was unpacked."
         )
 
@@ -125,7 +121,13 @@ def fetch(dest: pathlib.Path, sdist: pathlib.Path | None = None) -> None:
     if sdist is None and held.is_file() and held.read_text() == stamp(lock):
         return
     with tempfile.TemporaryDirectory() as folder:
-        archive = sdist or download(lock, pathlib.Path(folder))
+        try:
+            archive = sdist or download(lock, pathlib.Path(folder))
+        except FetchError as error:
+            raise FetchError(
+                f"{error}\nWithout a network: build from our sdist, which has the sources inside, or point "
+                "-DLLAMACANCEL_LLAMA_DIR= at a checkout of llama.cpp."
+            ) from None
         verify(archive, lock["sha256"])
         print(f"llamacancel: unpacking llama.cpp {lock['commit']} to {dest}", flush=True)
         unpack(archive, lock, dest)
