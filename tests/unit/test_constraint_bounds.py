@@ -45,6 +45,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
         },
         "properties that are merged",
     ),
+    "a large multiple": ({"multipleOf": 1_000_003}, "'multipleOf' of 1000003"),
+    "multiples that hold at once": ({"allOf": [{"multipleOf": n} for n in (199, 211, 1.01)]}, "'multipleOf' of 4240"),
     "types without end": ({"type": ["object"] * 1000}, "'type' at # has 1000 entries"),
     "limits of numbers": ({"items": [{"minimum": i} for i in range(501)]}, "more than 500 limits of numbers"),
 }

@@ -7,6 +7,7 @@ llguidance follows references with its stack, and merges what stands side by sid
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,6 +18,7 @@ MOST_ALTERNATIVES = 100  # at one place: each step follows all; 117 ms a step wi
 MOST_COPIES = 1_000  # properties, once for each alternative: 100 with 100 take 3.6 s
 MOST_PAIRS = 5_000  # of values in `enum` that are compared: 40,000 take 4 s
 MOST_PATTERNS_AT_ONCE = 8  # for one text: 16 take 0.2 s, 30 take all memory
+LARGEST_MULTIPLE = 30_030  # of multipleOf, multiplied where several hold at once: 0.2 s, a million takes 7 s
 MOST_EXPANDED = 1_000  # schemas, references replaced, where properties of the same name are merged
 
 
@@ -36,18 +38,19 @@ class Part:
     width: int = 0  # properties of one alternative
     wide: int = 0  # how many of what is merged have properties
     patterns: int = 0  # that one text has to match
-    choice: dict[str, list[int]] = field(default_factory=dict)  # alternatives, values, width, patterns of anyOf, oneOf
+    multiple: int = 1  # that a number has to be one of; what stands behind the point moved before it
+    choice: dict[str, list[int]] = field(default_factory=dict)  # these five of anyOf, oneOf
 
     def take_in(self, part: Part, keyword: str) -> None:
         """What another part, which is complete, adds to this one."""
         self.depth = max(self.depth, part.depth + 1)
         self.expanded = min(self.expanded + part.expanded, 10**9)
         if keyword in ("anyOf", "oneOf"):
-            choice = self.choice.setdefault(keyword, [0, 0, 0, 0])
+            choice = self.choice.setdefault(keyword, [0, 0, 0, 0, 1])
             choice[:] = (choice[0] + part.alternatives, choice[1] + part.values, max(choice[2], part.width),
-                         max(choice[3], part.patterns))
+                         max(choice[3], part.patterns), max(choice[4], part.multiple))
         elif keyword in ("allOf", "$ref"):
-            self._merge(part.alternatives, part.values, part.width, part.patterns)
+            self._merge(part.alternatives, part.values, part.width, part.patterns, part.multiple)
 
     def complete(self) -> None:
         """Called once all of its parts are taken in."""
@@ -60,15 +63,17 @@ class Part:
             len(values) if isinstance(values, (list, tuple)) else 1,
             len(properties) if isinstance(properties, dict) else 0,
             int("pattern" in self.schema) + int("format" in self.schema),
+            _multiple(self.schema),
         )
 
-    def _merge(self, alternatives: int, values: int, width: int, patterns: int) -> None:
+    def _merge(self, alternatives: int, values: int, width: int, patterns: int, multiple: int) -> None:
         self.alternatives = min(self.alternatives * alternatives, 10**9)
         self.values = min(self.values * values, 10**9)
         self.several += values > 1
         self.width += width
         self.wide += width > 0
         self.patterns += patterns
+        self.multiple = min(self.multiple * multiple, 10**18)
 
     def check(self) -> None:
         """Raises ValueError if it is out of bounds."""
@@ -80,6 +85,8 @@ class Part:
             _refuse(f"{self.values} pairs of values that are compared", MOST_PAIRS)
         if self.patterns > MOST_PATTERNS_AT_ONCE:
             _refuse(f"{self.patterns} patterns for one text", MOST_PATTERNS_AT_ONCE)
+        if self.multiple > LARGEST_MULTIPLE:
+            _refuse(f"'multipleOf' of {self.multiple} in all for one number", LARGEST_MULTIPLE)
 
 
 def check_reach(parts: list[Part], references: list[tuple[int, str]], one_base: bool) -> None:
@@ -131,6 +138,11 @@ def check_reach(parts: list[Part], references: list[tuple[int, str]], one_base: 
         patterns = sum("pattern" in part.schema for part in parts)
         if patterns > 2 * MOST_PATTERNS_AT_ONCE:
             _refuse(f"properties that are merged, and {patterns} patterns", 2 * MOST_PATTERNS_AT_ONCE)
+        multiple = 1
+        for several in {_multiple(part.schema) for part in parts}:
+            multiple = min(multiple * several, 10**18)
+        if multiple > LARGEST_MULTIPLE:
+            _refuse(f"properties that are merged, and 'multipleOf' of {multiple} in all", LARGEST_MULTIPLE)
         sizes = sorted(len(e) for part in parts if isinstance(e := part.schema.get("enum"), (list, tuple)))
         if len(sizes) > 1 and sizes[-1] * sizes[-2] > MOST_PAIRS:
             _refuse(f"properties that are merged, and {sizes[-1] * sizes[-2]} pairs of values to compare", MOST_PAIRS)
@@ -138,6 +150,15 @@ def check_reach(parts: list[Part], references: list[tuple[int, str]], one_base: 
 
 def _refuse(what: str, most: int) -> None:
     raise ValueError(f"the schema has {what}; at most {most} can be followed")
+
+
+def _multiple(schema: dict[str, Any]) -> int:
+    """`multipleOf` of a schema as a whole number: its digits, without the point; 1 without one."""
+    value = schema.get("multipleOf")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value:
+        return 1
+    _, digits, exponent = Decimal(str(value)).normalize().as_tuple()
+    return int("".join(map(str, digits))) * 10 ** max(int(exponent), 0)
 
 
 def _target(root: Any, reference: str) -> Any:
