@@ -285,6 +285,7 @@ cdef class State:
         Raises:
             OSError: If the file cannot be written, or `path` is a device, a pipe or the like.
         """
+        self.context._check_open()
         path = os.path.realpath(os.fspath(path))
         _mode_of(path)
         data = memoryview(self.save(seq_id, token))

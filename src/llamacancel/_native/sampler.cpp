@@ -274,9 +274,10 @@ struct Grammar {
 };
 
 // What a grammar may cost for one token, its choice and its being told together, in llama.cpp's steps of some 50 ns:
-// others wait for as long, so it is half of what an engine's step takes by default (0.4 s). Most grammars take 4 for
-// each token of the vocabulary; one that can be read in many ways takes more without bound.
-constexpr uint64_t kTokenSteps = 4'000'000;
+// others wait for as long, so it is less than what an engine's step takes by default (0.4 s). Most grammars take 4 for
+// each token of the vocabulary, a choice of 500 texts 4.3 million; one that can be read in many ways takes more without
+// bound.
+constexpr uint64_t kTokenSteps = 6'000'000;
 
 // What its parsing may cost, which is on no engine's thread.
 constexpr uint64_t kParsingSteps = 16'000'000;
