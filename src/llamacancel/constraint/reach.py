@@ -158,7 +158,8 @@ def _multiple(schema: dict[str, Any]) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value:
         return 1
     _, digits, exponent = Decimal(str(value)).normalize().as_tuple()
-    return int("".join(map(str, digits))) * 10 ** max(int(exponent), 0)
+    scale: int = 10 ** max(int(exponent), 0)
+    return int("".join(map(str, digits))) * scale
 
 
 def _target(root: Any, reference: str) -> Any:
