@@ -95,18 +95,16 @@ def test_a_deadline_of_the_parent_bounds_the_child(new_context: NewContext) -> N
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_token_of_a_sequence_that_is_not_in_the_batch_reaches_nothing(arch: str, pair: Pair) -> None:
+def test_a_token_of_a_sequence_that_is_not_in_the_batch_is_named_and_reaches_nothing(arch: str, pair: Pair) -> None:
     context, twin = pair(arch)
     rows = batch((tokens(40), 0, 0), (tokens(30, 1), 0, 1))
     for when_shared in ("finish", "stop"):
-        result = context.decode(rows, {2: dead()}, when_shared=when_shared)
-        assert result.survivors == [0, 1]
-        assert list(result.sequences) == [0, 1]
-        assert same_bits(context.logits(69), decode(twin, rows)[69])
-        assert same_bits(one_more(context), one_more(twin))
-        assert holds(context) == holds(twin)
-        context.memory.clear()
-        twin.memory.clear()
+        for token in (dead(), lc.CancelToken()):
+            with pytest.raises(lc.InvalidBatchError, match="sequence 2"):
+                context.decode(rows, {0: lc.CancelToken(), 2: token}, when_shared=when_shared)
+            assert set(holds(context).values()) == {(-1, -1)}
+    assert same_bits(decode(context, rows), decode(twin, rows))
+    assert same_bits(one_more(context), one_more(twin))
 
 
 def test_one_token_stops_all_calls_that_got_it(new_context: NewContext) -> None:

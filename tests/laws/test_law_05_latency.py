@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -190,8 +191,8 @@ def test_latency_counts_from_the_deadline(on_cancel: str, new_context: NewContex
 
 
 def test_the_latency_of_a_stale_token_counts_from_its_cancel(new_context: NewContext) -> None:
-    token = dead()
-    with Clock(jump_at=1, by=BY):
-        error = cancelled(new_context("llama"), batch((tokens(8), 0, 0)), token)
+    context, token = new_context("llama"), dead()
+    time.sleep(0.01)
+    error = cancelled(context, batch((tokens(8), 0, 0)), token)
     assert error is not None
-    assert BY <= error.latency < 2 * BY
+    assert error.latency >= 0.01

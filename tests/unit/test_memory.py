@@ -206,3 +206,16 @@ def test_what_a_sequence_leaves_spoils_no_other(
     assert not np.isnan(np.frombuffer(b"".join(found), np.float32)).any()
     if streams or arch == "llama":  # a window that was in use lies elsewhere: its sums have another order
         assert found == wanted
+
+
+@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize("arch", [*GENERATIVE, "hybrid-swa"])
+def test_keeping_a_sequence_leaves_nothing_of_the_others_in_any_part_of_the_memory(
+    arch: str, unified: bool, model_of: LoadedModel, new_context: NewContext
+) -> None:
+    context = new_context(arch, n_seq_max=3, kv_unified=unified)
+    for seq in range(3):
+        context.decode(batch_of(prompt(model_of(arch), 20, seed=seq), seq_id=seq))
+    context.memory.keep(1)
+    assert [(context.memory.pos_min(seq), context.memory.pos_max(seq)) for seq in (0, 2)] == [(-1, -1)] * 2
+    assert context.memory.pos_max(1) == 19

@@ -452,7 +452,7 @@ void ContextBox::keep(llama_seq_id seq) {
         memory_.memory->seq_keep(seq);
         // With a cache for each sequence, llama.cpp looks at that of `seq` alone.
         for (llama_seq_id other = 0; other < llama_seq_id(llama_n_seq_max(ctx_)); ++other) {
-            if (other != seq && memory_.pos_max(other) >= 0) {
+            if (other != seq) {
                 memory_.memory->seq_rm(other, -1, -1);
             }
         }
