@@ -572,7 +572,7 @@ cdef double _bias(value) except? -1e300:
     except OverflowError:
         number = float("inf")
     if number != number or number > 3e38:
-        raise ValueError("logit_bias: a bias must be a number that a float can hold, or -inf")
+        raise ValueError("logit_bias: a bias must be a number that a float can hold, or -inf; NaN is none")
     return number
 
 

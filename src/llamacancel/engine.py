@@ -7,6 +7,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -21,7 +22,7 @@ from ._sampler import Sampler
 from .core import Core
 from .desk import Desk
 from .embedder import Embedder
-from .errors import InvalidBatchError
+from .errors import DecodeCancelled, InvalidBatchError
 from .generation import Embedding, EmbeddingWork, Generation, GenerationWork, Vocabulary
 from .handle import Handle
 from .runner import Runner, rules_of
@@ -236,7 +237,8 @@ class Engine:
             _id_of(request_id), tokens, max_tokens=max_tokens, priority=integer("priority", priority, -_INT32, _INT32)
         )
         own_sampler = sampler.clone() if sampler is not None else Sampler()
-        own_sampler.bind(self._model, own)  # here, under its token, and not at its first token on the engine's thread
+        with suppress(DecodeCancelled):  # its end is told as that of any other that is cancelled in the queue
+            own_sampler.bind(self._model, own)  # here, and not at its first token on the engine's thread
         work = GenerationWork(
             request,
             CancelToken.any_of(own, self._desk.token),

@@ -510,7 +510,7 @@ def test_performance_is_counted_until_it_is_reset(model_of: LoadedModel, new_con
 
 def test_a_given_ubatch_is_honoured_and_nothing_is_promised(new_context: NewContext) -> None:
     plan = new_context("llama", n_ubatch=24).latency_plan
-    assert plan == lc.LatencyPlan(None, 24, plan.max_outputs, 0, None, None)
+    assert plan == lc.LatencyPlan(None, 24, plan.max_outputs, 0, 0, None, None)
     assert new_context("llama", n_ubatch=5000, n_ctx=256).n_ubatch == 256
 
 
