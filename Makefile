@@ -90,6 +90,7 @@ $(VENV)/.tools: pyproject.toml
 lint: build     ## what a reviewer's tools would say
 	$(PY) -m pip install --quiet ruff cython-lint
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	PATH="$(VENV)/bin:$$PATH" cython-lint --max-line-length 120 src/llamacancel/*.pyx
 	$(PY) -m mypy
 

@@ -36,8 +36,19 @@ def download(lock: dict, folder: pathlib.Path, what: str = "the llama.cpp source
     # PYTHONPATH and friends point into the isolated environment of the build that we run in, and to its backend.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PEP517", "_PYPROJECT_HOOKS"))}
     requirement = f"{lock['package']}=={lock['version']}"
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps",
-               "--no-binary", lock["package"], "--dest", str(folder), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-binary",
+        lock["package"],
+        "--dest",
+        str(folder),
+        requirement,
+    ]
     print(f"llamacancel: downloading {requirement} ({what}, once)", flush=True)
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     found = sorted(folder.glob("*.tar.gz"))
@@ -79,7 +90,7 @@ def unpack(sdist: pathlib.Path, lock: dict, dest: pathlib.Path) -> None:
             path = member.name.partition("/")[2]
             if not path.startswith(inside):
                 continue
-            path = path[len(inside):]
+            path = path[len(inside) :]
             if not member.isfile() or not wanted(path) or ".." in pathlib.PurePosixPath(path).parts:
                 continue
             target = partial / path

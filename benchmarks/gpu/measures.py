@@ -236,9 +236,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def target_of(args: argparse.Namespace) -> Target:
     """The target that the arguments ask for."""
-    return find(
-        args.device, forced=args.forced, size=args.size, quick=args.quick, threads=args.threads, seed=args.seed
-    )
+    return find(args.device, forced=args.forced, size=args.size, quick=args.quick, threads=args.threads, seed=args.seed)
 
 
 def main() -> None:

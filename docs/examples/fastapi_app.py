@@ -1,6 +1,6 @@
 """A FastAPI app of your own with an engine inside, whose clients may hang up at any time.
 
-    MODEL=model.gguf uvicorn fastapi_app:app
+MODEL=model.gguf uvicorn fastapi_app:app
 """
 
 import os

@@ -1,6 +1,6 @@
 """An engine in a program of plain threads: each asks, one changes its mind, and the others are not disturbed.
 
-    python threads.py model.gguf
+python threads.py model.gguf
 """
 
 import sys

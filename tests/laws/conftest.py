@@ -29,8 +29,12 @@ def readings(new_context: NewContext) -> Callable[..., int]:
     """How often a whole call reads the clock, tried in a context of its own that was filled in the same way."""
 
     def count(
-        arch: str, rows: lc.Batch, past: Callable[[lc.Context], object] = lambda context: None, token: Any = None,
-        on_cancel: Any = "rollback", **params: Any,
+        arch: str,
+        rows: lc.Batch,
+        past: Callable[[lc.Context], object] = lambda context: None,
+        token: Any = None,
+        on_cancel: Any = "rollback",
+        **params: Any,
     ) -> int:
         context = new_context(arch, **{"n_ubatch": 8, "n_seq_max": 3, **params})
         token = far() if token is None else token

@@ -158,57 +158,92 @@ SCENARIOS: dict[str, Scenario] = {
     "long history, all of it kept": Scenario(_overfull, _after_overfull, {"swa_full": True}, ("swa",)),
     "long history, values transposed": Scenario(_overfull, _after_overfull, {"flash_attn": False}, ("swa",)),
     "long history, quantized cache": Scenario(_overfull, _after_overfull, _QUANTIZED, ("swa",)),
-    "two sequences of four": Scenario(_four, lambda: batch((tokens(12, 50), 9, 0), (tokens(20, 51), 17, 2)),
-                                      {"n_seq_max": 4}, EVERY),
-    "two sequences of four, woven": Scenario(_four, lambda: woven((tokens(12, 50), 21, 3), (tokens(20, 51), 13, 1)),
-                                             {"n_seq_max": 4}),
+    "two sequences of four": Scenario(
+        _four, lambda: batch((tokens(12, 50), 9, 0), (tokens(20, 51), 17, 2)), {"n_seq_max": 4}, EVERY
+    ),
+    "two sequences of four, woven": Scenario(
+        _four, lambda: woven((tokens(12, 50), 21, 3), (tokens(20, 51), 13, 1)), {"n_seq_max": 4}
+    ),
     "four sequences, one of them new": Scenario(
         lambda context: fill(context, batch(*((tokens(9, seq), 0, seq) for seq in (0, 1, 3)))),
-        lambda: batch((tokens(12, 50), 0, 2), *((tokens(6, 51 + seq), 9, seq) for seq in (0, 1, 3))), {"n_seq_max": 4}),
-    "a cache for each sequence": Scenario(_four, lambda: batch((tokens(12, 50), 9, 0), (tokens(20, 51), 17, 2)),
-                                          {"n_seq_max": 4, "kv_unified": False}),
+        lambda: batch((tokens(12, 50), 0, 2), *((tokens(6, 51 + seq), 9, seq) for seq in (0, 1, 3))),
+        {"n_seq_max": 4},
+    ),
+    "a cache for each sequence": Scenario(
+        _four, lambda: batch((tokens(12, 50), 9, 0), (tokens(20, 51), 17, 2)), {"n_seq_max": 4, "kv_unified": False}
+    ),
     "a cache for each sequence, long history": Scenario(
-        lambda context: [fill(context, batch((tokens(150, turn), 150 * turn, seq)))
-                         for seq in range(2) for turn in range(2)],
+        lambda context: [
+            fill(context, batch((tokens(150, turn), 150 * turn, seq))) for seq in range(2) for turn in range(2)
+        ],
         lambda: batch((tokens(20, 50), 300, 0), (tokens(20, 51), 300, 1)),
-        {"n_seq_max": 2, "kv_unified": False}, ("swa",)),
-    "states that have moved": Scenario(_moved, lambda: batch((tokens(12, 50), 18, 3), (tokens(12, 51), 15, 1)),
-                                       {"n_seq_max": 4}, EVERY),
-    "states that will move": Scenario(_moved, lambda: woven((tokens(8, 50), 9, 2), (tokens(8, 51), 6, 0)),
-                                      {"n_seq_max": 4}),
+        {"n_seq_max": 2, "kv_unified": False},
+        ("swa",),
+    ),
+    "states that have moved": Scenario(
+        _moved, lambda: batch((tokens(12, 50), 18, 3), (tokens(12, 51), 15, 1)), {"n_seq_max": 4}, EVERY
+    ),
+    "states that will move": Scenario(
+        _moved, lambda: woven((tokens(8, 50), 9, 2), (tokens(8, 51), 6, 0)), {"n_seq_max": 4}
+    ),
     "a sequence that was copied": Scenario(_copied, lambda: batch(_STEP), {"n_seq_max": 3}),
     "a copy": Scenario(_copied, lambda: batch((tokens(32, 50), 40, 2)), {"n_seq_max": 3}),
     "a sequence and its copy": Scenario(_copied, lambda: batch(_STEP, (tokens(16, 51), 40, 1)), {"n_seq_max": 4}),
     "copies, a cache for each": Scenario(_copied, lambda: batch(_STEP), {"n_seq_max": 3, "kv_unified": False}),
     "a copy that pushes shared rows out of the window": Scenario(
-        _copied_window, lambda: batch((tokens(96, 50), 240, 1), (tokens(8, 51), 40, 0)), {"n_seq_max": 2}, ("swa",)),
+        _copied_window, lambda: batch((tokens(96, 50), 240, 1), (tokens(8, 51), 40, 0)), {"n_seq_max": 2}, ("swa",)
+    ),
     "rows of several sequences": Scenario(
-        lambda context: (fill(context, batch((tokens(12, 1), 0, [0, 1]), (tokens(4, 2), 12, 2)))),
+        lambda context: fill(context, batch((tokens(12, 1), 0, [0, 1]), (tokens(4, 2), 12, 2))),
         lambda: batch((tokens(16, 50), 12, [0, 1]), (tokens(6, 51), 28, 0), (tokens(6, 52), 28, 1)),
-        {"n_seq_max": 3}, SHARING),
-    "a fragmented cache": Scenario(_fragmented, lambda: batch((tokens(40, 50), 30, 2), (tokens(24, 51), 0, 1)),
-                                   {"n_seq_max": 3, "n_ctx": 256}),
-    "a cache that wraps around": Scenario(_wrapped, lambda: batch((tokens(60, 50), 0, 2)),
-                                          {"n_seq_max": 3, "n_ctx": 256}),
+        {"n_seq_max": 3},
+        SHARING,
+    ),
+    "a fragmented cache": Scenario(
+        _fragmented, lambda: batch((tokens(40, 50), 30, 2), (tokens(24, 51), 0, 1)), {"n_seq_max": 3, "n_ctx": 256}
+    ),
+    "a cache that wraps around": Scenario(
+        _wrapped, lambda: batch((tokens(60, 50), 0, 2)), {"n_seq_max": 3, "n_ctx": 256}
+    ),
     "a loaded state": Scenario(_loaded, lambda: batch(_STEP), {"n_seq_max": 3}),
 }
 
 # Batches that two requests share, the second of which is cancelled: past, rows of the one, rows of the other.
 SHARED: dict[str, tuple[Callable[[lc.Context], Any], list[Any], list[Any], dict[str, Any], tuple[str, ...]]] = {
-    "two new sequences": (lambda context: None, [(tokens(24, 50), 0, 0)], [(tokens(24, 51), 0, 2)],
-                          {"n_seq_max": 3}, ALL),
+    "two new sequences": (
+        lambda context: None,
+        [(tokens(24, 50), 0, 0)],
+        [(tokens(24, 51), 0, 2)],
+        {"n_seq_max": 3},
+        ALL,
+    ),
     "neighbours": (_four, [(tokens(24, 50), 9, 0)], [(tokens(24, 51), 13, 1)], {"n_seq_max": 4}, ALL),
     "far apart": (_four, [(tokens(24, 50), 9, 0)], [(tokens(24, 51), 21, 3)], {"n_seq_max": 4}, EVERY),
     "the later one first": (_four, [(tokens(12, 50), 21, 3)], [(tokens(24, 51), 13, 1)], {"n_seq_max": 4}, ALL),
     "a sequence and its copy": (_copied, [(tokens(24, 50), 40, 0)], [(tokens(24, 51), 40, 1)], {"n_seq_max": 4}, ALL),
     "both copies": (_copied, [(tokens(24, 50), 40, 2)], [(tokens(24, 51), 40, 1)], {"n_seq_max": 4}, ALL),
-    "a cache for each": (_four, [(tokens(24, 50), 9, 0)], [(tokens(24, 51), 13, 1)],
-                         {"n_seq_max": 4, "kv_unified": False}, ALL),
+    "a cache for each": (
+        _four,
+        [(tokens(24, 50), 9, 0)],
+        [(tokens(24, 51), 13, 1)],
+        {"n_seq_max": 4, "kv_unified": False},
+        ALL,
+    ),
     "states that have moved": (_moved, [(tokens(12, 50), 18, 3)], [(tokens(12, 51), 15, 1)], {"n_seq_max": 4}, ALL),
     "the other pushes shared rows out of the window": (
-        _copied_window, [(tokens(96, 50), 240, 1)], [(tokens(8, 51), 40, 0)], {"n_seq_max": 2}, ("swa",)),
+        _copied_window,
+        [(tokens(96, 50), 240, 1)],
+        [(tokens(8, 51), 40, 0)],
+        {"n_seq_max": 2},
+        ("swa",),
+    ),
     "it pushed rows out of the window": (
-        _copied_window, [(tokens(8, 51), 40, 0)], [(tokens(96, 50), 240, 1)], {"n_seq_max": 2}, ("swa",)),
+        _copied_window,
+        [(tokens(8, 51), 40, 0)],
+        [(tokens(96, 50), 240, 1)],
+        {"n_seq_max": 2},
+        ("swa",),
+    ),
 }
 
 
@@ -246,8 +281,13 @@ class Sweep:
             return readings_of(lambda: context.decode(rows, token))
 
     def report(self, **more: Any) -> dict[str, Any]:
-        return {"cancels": self.cancels, "rows_done": sorted(self.rows_done), "problems": self.problems[:8],
-                "n_problems": len(self.problems), **more}
+        return {
+            "cancels": self.cancels,
+            "rows_done": sorted(self.rows_done),
+            "problems": self.problems[:8],
+            "n_problems": len(self.problems),
+            **more,
+        }
 
 
 def some(polls: int, n: float) -> list[int]:
@@ -280,11 +320,15 @@ def rollback(model: lc.Model, scenario: Scenario) -> dict[str, Any]:
         sweep.expect(context.dirty_sequences == [], f"poll {k}: dirty {context.dirty_sequences}")
         sweep.expect(error.rows_done == 0, f"poll {k}: says that {error.rows_done} rows are there")
         for seq, outcome in error.sequences.items():
-            sweep.expect(outcome.state == "rolled_back" and outcome.end == at_first[seq][1] + 1,
-                         f"poll {k}: says {outcome} of sequence {seq}")
+            sweep.expect(
+                outcome.state == "rolled_back" and outcome.end == at_first[seq][1] + 1,
+                f"poll {k}: says {outcome} of sequence {seq}",
+            )
         after = outputs_or_none(context)
-        sweep.expect((before is None) == (after is None) and (before is None or same_bits(before, after)),
-                     f"poll {k}: the logits of the call before are others")
+        sweep.expect(
+            (before is None) == (after is None) and (before is None or same_bits(before, after)),
+            f"poll {k}: the logits of the call before are others",
+        )
         if n % 10 == 4:
             sweep.expect(same_bits(decode(context, rows), expected), f"poll {k}: done again, other bits")
             sweep.expect(same_bits(one_more(context), expected_next), f"poll {k}: the token after, other bits")
@@ -327,15 +371,23 @@ def keep(model: lc.Model, scenario: Scenario) -> dict[str, Any]:
                 sweep.rows_done.add(len(rows) - len(left) + error.rows_done)
                 said = {seq: outcome.end - 1 for seq, outcome in error.sequences.items()}
                 held = holds(context)
-                sweep.expect(all(held[seq][1] == (end if end >= 0 else -1) for seq, end in said.items()),
-                             f"poll {k}: holds {held}, says it holds up to {said}")
+                sweep.expect(
+                    all(held[seq][1] == (end if end >= 0 else -1) for seq, end in said.items()),
+                    f"poll {k}: holds {held}, says it holds up to {said}",
+                )
                 # A sliding window may lose what has left it to any sequence that needs the room.
                 others = [seq for seq in held if seq not in said]
-                sweep.expect(all(held[seq][1] == held_before[seq][1] and
-                                 (held[seq][0] == held_before[seq][0] or model.n_swa) for seq in others),
-                             f"poll {k}: sequences that were not in the batch hold {held}, held {held_before}")
-                sweep.expect(all(outcome.state == "kept" for outcome in error.sequences.values()),
-                             f"poll {k}: says {error.sequences}")
+                sweep.expect(
+                    all(
+                        held[seq][1] == held_before[seq][1] and (held[seq][0] == held_before[seq][0] or model.n_swa)
+                        for seq in others
+                    ),
+                    f"poll {k}: sequences that were not in the batch hold {held}, held {held_before}",
+                )
+                sweep.expect(
+                    all(outcome.state == "kept" for outcome in error.sequences.values()),
+                    f"poll {k}: says {error.sequences}",
+                )
                 done, left_now = split(left, error)
                 sweep.expect(len(done) == error.rows_done, f"poll {k}: {len(done)} rows, says {error.rows_done}")
                 if done:
@@ -344,8 +396,10 @@ def keep(model: lc.Model, scenario: Scenario) -> dict[str, Any]:
                             got[key] = context.logits(row)
                 else:
                     after = outputs_or_none(context)
-                    sweep.expect((before is None) == (after is None) and (before is None or same_bits(before, after)),
-                                 f"poll {k}: nothing done, yet the logits of the call before are others")
+                    sweep.expect(
+                        (before is None) == (after is None) and (before is None or same_bits(before, after)),
+                        f"poll {k}: nothing done, yet the logits of the call before are others",
+                    )
                     step *= 2
                 if left_now is None:
                     left = None
@@ -436,8 +490,10 @@ def neighbour(model: lc.Model, name: str, on_cancel: str) -> dict[str, Any]:
                 first, last = at_first[other_seq]
                 # What had left the window may be gone.
                 least = max(first, last + 2 - model.n_swa) if model.n_swa else first
-                sweep.expect(first <= held[other_seq][0] <= least and held[other_seq][1] == last,
-                             f"poll {k}: holds {held}, held {at_first}")
+                sweep.expect(
+                    first <= held[other_seq][0] <= least and held[other_seq][1] == last,
+                    f"poll {k}: holds {held}, held {at_first}",
+                )
             kept = outcome.end - (at_first[other_seq][1] + 1)
             alone, after = twin_of(kept)
             n_mine = len(batch(*mine))
@@ -514,8 +570,11 @@ def main(arch: str) -> None:
         for name, shared in SHARED.items():
             if arch in shared[-1]:
                 for on_cancel in ("rollback", "keep"):
-                    tell(f"neighbour-{on_cancel}", name,
-                         lambda name=name, on_cancel=on_cancel: neighbour(model, name, on_cancel))
+                    tell(
+                        f"neighbour-{on_cancel}",
+                        name,
+                        lambda name=name, on_cancel=on_cancel: neighbour(model, name, on_cancel),
+                    )
 
     # Off the main thread, where the look for Ctrl-C reads the clock as well.
     worker = threading.Thread(target=all_of_it)

@@ -101,8 +101,10 @@ def lose(workers: list[Worker]) -> None:
     with context_on(worker) as context:
         wanted = decode(context, batch((tokens(60, seed=1), 60, 0)))
         context.memory.remove(0, 60)
-        tell("in the middle of a decode",
-             lambda: kill_in(lambda: context.decode(batch((tokens(60, seed=1), 60, 0)), far()), worker, 12))
+        tell(
+            "in the middle of a decode",
+            lambda: kill_in(lambda: context.decode(batch((tokens(60, seed=1), 60, 0)), far()), worker, 12),
+        )
         tell("in the middle of a decode, and the next one", lambda: context.decode(ROWS))
         # The worker's machine is up again, while what was lost is not closed yet.
         again = Worker(worker.port)
@@ -122,8 +124,10 @@ def lose(workers: list[Worker]) -> None:
 
     worker = next(left)
     with context_on(worker, "mamba") as context:
-        tell("before a recurrent state is snapshot",
-             lambda: kill_stopped(lambda: context.decode(batch(([1], 60, 0))), worker))
+        tell(
+            "before a recurrent state is snapshot",
+            lambda: kill_stopped(lambda: context.decode(batch(([1], 60, 0))), worker),
+        )
 
     worker = next(left)
     with context_on(worker) as context:
@@ -138,8 +142,10 @@ def lose(workers: list[Worker]) -> None:
     with context_on(worker) as context:
         saved = context.state.save(0)
         context.memory.clear()
-        tell("while a state is loaded where there was none",
-             lambda: kill_stopped(lambda: context.state.load(0, saved), worker))
+        tell(
+            "while a state is loaded where there was none",
+            lambda: kill_stopped(lambda: context.state.load(0, saved), worker),
+        )
 
     worker = next(left)
     with context_on(worker) as context:

@@ -492,8 +492,10 @@ def main() -> int:
     told = soak(args.archs, args.seconds, args.cancels, args.seed, args.jobs)
     for kind, counts in sorted(told.items()):
         how = ", ".join(f"{n} {name}" for name, n in sorted(counts.cancels.items()))
-        print(f"{kind}: {counts.cancels.total()} cancels in {counts.schedules} schedules ({how}), "
-              f"{len(counts.failures)} failed")
+        print(
+            f"{kind}: {counts.cancels.total()} cancels in {counts.schedules} schedules ({how}), "
+            f"{len(counts.failures)} failed"
+        )
     failed = [(arch, seed) for counts in told.values() for arch, seed, _ in counts.failures]
     print(f"{sum(counts.cancels.total() for counts in told.values())} cancels; failed: {failed}")
     return bool(failed)

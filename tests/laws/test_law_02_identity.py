@@ -267,8 +267,9 @@ def test_of_many_threads_that_cancel_at_once_one_is_the_first_and_the_call_tells
     for _ in range(5):
         token, answers, gate = far(), dict[int, bool](), threading.Barrier(4)
 
-        def canceller(i: int, token: lc.CancelToken = token, answers: dict[int, bool] = answers,
-                      gate: threading.Barrier = gate) -> None:
+        def canceller(
+            i: int, token: lc.CancelToken = token, answers: dict[int, bool] = answers, gate: threading.Barrier = gate
+        ) -> None:
             gate.wait()
             answers[i] = token.cancel(str(i))
 

@@ -109,9 +109,7 @@ def test_the_verdict_of_a_stopped_shared_call_is_that_of_the_first_cancel_or_of_
 
 
 @pytest.mark.parametrize("cause", [lc.Cause.CLIENT, lc.Cause.SHUTDOWN])
-def test_a_load_and_a_state_tell_the_truth_too(
-    cause: lc.Cause, model_path: ModelPath, new_context: NewContext
-) -> None:
+def test_a_load_and_a_state_tell_the_truth_too(cause: lc.Cause, model_path: ModelPath, new_context: NewContext) -> None:
     context = new_context("llama")
     context.decode(batch((tokens(20), 0, 0)))
     saved = context.state.save(0)

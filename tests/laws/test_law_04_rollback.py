@@ -215,9 +215,7 @@ def test_a_sequence_and_its_copies_survive_each_other(
 
 
 @pytest.mark.parametrize("arch", GENERATIVE)
-def test_a_copy_that_is_removed_after_a_cancel_takes_nothing_with_it(
-    arch: str, pair: Pair, readings: Readings
-) -> None:
+def test_a_copy_that_is_removed_after_a_cancel_takes_nothing_with_it(arch: str, pair: Pair, readings: Readings) -> None:
     context, twin = pair(arch)
     rows = batch((tokens(64, 3), 40, 1))
     whole = readings(arch, rows, _copied)

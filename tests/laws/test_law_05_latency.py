@@ -142,8 +142,9 @@ def test_a_deadline_is_honoured_before_the_thread_that_holds_the_gil_lets_go_of_
 ) -> None:
     context = new_context(arch, n_ubatch=8)
     middle = _readings(context, LONG) // 4
-    flight = Flight(lambda: cancelled(context, LONG, lc.CancelToken(timeout=FAR), on_cancel="keep"), at=10,
-                    jump_at=middle)
+    flight = Flight(
+        lambda: cancelled(context, LONG, lc.CancelToken(timeout=FAR), on_cancel="keep"), at=10, jump_at=middle
+    )
     assert flight.clock.hold_the_gil_until(middle), "a poll waited for the GIL"
     error = flight.lands()
     assert isinstance(error, lc.DeadlineExceeded)

@@ -153,7 +153,8 @@ def test_the_snapshot_of_a_sliding_window_is_bounded_by_the_window_and_not_by_th
     end = 0
     for n in (600, 64, 256, 1024, 64, 256, 512):
         sizes.setdefault(n, []).append(
-            context.decode(batch((tokens(n, end), end, 0), logits="last"), lc.CancelToken()).snapshot_bytes)
+            context.decode(batch((tokens(n, end), end, 0), logits="last"), lc.CancelToken()).snapshot_bytes
+        )
         end += n
     assert sizes[64][0] > 0
     whole = sizes[1024][0]

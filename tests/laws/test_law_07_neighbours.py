@@ -117,8 +117,7 @@ def test_a_sequence_cancelled_before_keeps_the_history_that_it_had(arch: str, on
     rows = woven((tokens(16, 3), 20, 0), (tokens(16, 4), 21, 1))
     result = context.decode(rows, {0: lc.CancelToken(), 1: dead()}, on_cancel=on_cancel)
     expected = decode(alone, batch((tokens(16, 3), 20, 0)))
-    assert result.sequences[1] == lc.SequenceOutcome(
-        "rolled_back" if on_cancel == "rollback" else "kept", 21, 21, True)
+    assert result.sequences[1] == lc.SequenceOutcome("rolled_back" if on_cancel == "rollback" else "kept", 21, 21, True)
     assert same_bits(_logits(context, rows, 0), expected)
     more = batch((tokens(16, 4), 21, 1))
     assert same_bits(decode(context, more), decode(alone, more))

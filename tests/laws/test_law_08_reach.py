@@ -97,14 +97,11 @@ def test_a_load_is_cancelled_by_another_thread_or_a_deadline_at_any_moment(
     use_mmap: bool, model_path: ModelPath
 ) -> None:
     for arch in ("llama", "hybrid", "embedding"):
-        cancelled_throughout(
-            lambda token, arch=arch: load(model_path(arch), token=token, use_mmap=use_mmap).close())
+        cancelled_throughout(lambda token, arch=arch: load(model_path(arch), token=token, use_mmap=use_mmap).close())
 
 
 @pytest.mark.parametrize(("arch", "use_mmap"), [("llama", True), ("llama", False), ("hybrid", True), ("encdec", True)])
-def test_a_load_can_be_cancelled_at_each_step_of_its_progress(
-    arch: str, use_mmap: bool, model_path: ModelPath
-) -> None:
+def test_a_load_can_be_cancelled_at_each_step_of_its_progress(arch: str, use_mmap: bool, model_path: ModelPath) -> None:
     shares: list[float] = []
     load(model_path(arch), progress=shares.append, use_mmap=use_mmap).close()
     assert shares == sorted(shares)
@@ -384,9 +381,7 @@ def test_a_busy_context_without_a_token_says_so_at_once(
 
 
 @pytest.mark.parametrize("arch", ["llama", "mamba"])
-def test_with_a_token_a_call_waits_for_its_turn(
-    arch: str, busy: Callable[[str], tuple[lc.Context, Flight]]
-) -> None:
+def test_with_a_token_a_call_waits_for_its_turn(arch: str, busy: Callable[[str], tuple[lc.Context, Flight]]) -> None:
     context, flight = busy(arch)
     saving = Flight(lambda: context.state.save(1, far()), at=NEVER)
     decoding = Flight(lambda: context.decode(batch(([1], 60, 0)), {0: far()}), at=NEVER)
@@ -429,6 +424,7 @@ def test_a_signal_handler_goes_before_the_call_that_it_interrupts_in_its_waiting
     assert main is not None
     try:
         with Clock() as clock:
+
             def press() -> None:
                 wait_for(lambda: clock.readings > 4, "the call to wait")
                 signal.pthread_kill(main, signal.SIGUSR1)

@@ -383,7 +383,8 @@ for arch in {GENERATIVE}:
 @pytest.mark.parametrize("arch", ["llama", "mamba"])
 def test_a_forked_child_is_told_and_the_parent_goes_on(arch: str) -> None:
     Clock()  # skips the test where there is none
-    ran = run_python("""
+    ran = run_python(
+        """
 import os, sys, gc, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 import llamacancel as lc
@@ -423,7 +424,9 @@ codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in childre
 assert same_bits(flight.lands(), decode(other, rows))
 context.close(); other.close(); model.close()
 print(codes)
-""", args=[arch])
+""",
+        args=[arch],
+    )
     assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, "[0, 0, 0, 0]", "")
 
 

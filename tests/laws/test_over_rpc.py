@@ -272,9 +272,19 @@ def load(model_path: ModelPath, *endpoints: object, **params: object) -> lc.Mode
 
 @pytest.mark.parametrize(
     ("endpoint", "kind"),
-    [("", ValueError), ("localhost", ValueError), (":50052", ValueError), ("localhost:", ValueError),
-     ("localhost:no", ValueError), ("localhost:0", ValueError), ("localhost:65536", ValueError),
-     ("a host:50052", ValueError), ("[::1]:50052", ValueError), ("a\0b:50052", ValueError), (50052, TypeError)],
+    [
+        ("", ValueError),
+        ("localhost", ValueError),
+        (":50052", ValueError),
+        ("localhost:", ValueError),
+        ("localhost:no", ValueError),
+        ("localhost:0", ValueError),
+        ("localhost:65536", ValueError),
+        ("a host:50052", ValueError),
+        ("[::1]:50052", ValueError),
+        ("a\0b:50052", ValueError),
+        (50052, TypeError),
+    ],
 )
 def test_what_is_no_endpoint_is_refused_by_name(endpoint: object, kind: type[Exception], model_path: ModelPath) -> None:
     with pytest.raises(kind, match="rpc_servers"):
@@ -392,7 +402,9 @@ def test_a_name_that_is_never_resolved_holds_up_nobody_else(model_path: ModelPat
         waiting.cancel()
         first.join()
         print(count() <= threads + 8)
-        """.replace("\n        ", "\n"), args=[str(model_path("llama"))], env={"LD_PRELOAD": str(library)}
+        """.replace("\n        ", "\n"),
+        args=[str(model_path("llama"))],
+        env={"LD_PRELOAD": str(library)},
     )
     assert ran.stdout.split() == ["ModelLoadError", *["LoadDeadlineExceeded"] * 20, "True"], ran.stderr
     assert ran.returncode == 0

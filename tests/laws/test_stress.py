@@ -126,15 +126,20 @@ class Canceller:
 class Histories:
     """A context with a past, in which a thread decodes the same few batches again and again."""
 
-    def __init__(self, arch: str, context: lc.Context, cancellers: list[Canceller], root: lc.CancelToken, seed: int,
-                 goal: int) -> None:
+    def __init__(
+        self, arch: str, context: lc.Context, cancellers: list[Canceller], root: lc.CancelToken, seed: int, goal: int
+    ) -> None:
         self.arch, self.context, self.cancellers, self.root = arch, context, cancellers, root
         self.random = random.Random(seed)
         self.goal = goal
         self.cancels = self.survivals = self.redone = 0
         parts = [(tokens(STEP, 10 + seq), PAST, seq) for seq in range(N_SEQ)]
-        self.batches = [batch(parts[0], logits="last"), batch(parts[1], parts[2], logits="last"), woven(*parts[:2]),
-                        batch(*parts)]
+        self.batches = [
+            batch(parts[0], logits="last"),
+            batch(parts[1], parts[2], logits="last"),
+            woven(*parts[:2]),
+            batch(*parts),
+        ]
         self.expected: list[np.ndarray] = []
         for rows in self.batches:
             self.fresh()

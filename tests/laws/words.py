@@ -126,8 +126,13 @@ def dead() -> lc.CancelToken:
 
 def stale() -> list[lc.CancelToken]:
     """Tokens that are over in every way that there is."""
-    return [dead(), dead().child(), lc.CancelToken.any_of(lc.CancelToken(), dead()), lc.CancelToken(timeout=0),
-            lc.CancelToken(timeout=0).child(timeout=FAR)]
+    return [
+        dead(),
+        dead().child(),
+        lc.CancelToken.any_of(lc.CancelToken(), dead()),
+        lc.CancelToken(timeout=0),
+        lc.CancelToken(timeout=0).child(timeout=FAR),
+    ]
 
 
 @contextmanager
@@ -154,12 +159,17 @@ def threads(*functions: Callable[[], Any], most_seconds: float = GENEROUS) -> It
         raise errors[0]
 
 
-def run_python(source: str, *, timeout: float = 2 * GENEROUS, env: dict[str, str] | None = None,
-               args: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+def run_python(
+    source: str, *, timeout: float = 2 * GENEROUS, env: dict[str, str] | None = None, args: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """Runs a program in a process of its own; one that hangs is killed and fails the test."""
     return subprocess.run(
         [sys.executable, "-X", "faulthandler", "-W", "error", "-c", source, *args],
-        cwd=ROOT, env={**os.environ, **(env or {})}, timeout=timeout, capture_output=True, text=True,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        timeout=timeout,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -168,8 +178,12 @@ def run_python(source: str, *, timeout: float = 2 * GENEROUS, env: dict[str, str
 
 @functools.cache
 def _sweeps_of(arch: str) -> tuple[dict[tuple[str, str], dict[str, Any]], str]:
-    ran = subprocess.run([sys.executable, "-X", "faulthandler", "-m", "tests.laws.every_poll", arch], cwd=ROOT,
-                         capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-m", "tests.laws.every_poll", arch],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     told = [json.loads(line) for line in ran.stdout.splitlines()]
     return {(each["kind"], each["name"]): each for each in told}, f"exit code {ran.returncode}: {ran.stderr[-4000:]}"
 

@@ -30,6 +30,7 @@ LOCK = {
     "sha256": "0c26707e2efad8aa1bfc5b7ce170f3fccc2e4918ff85989ba9ffa9facb2be326",
 }
 
+
 class MissingSuiteError(Exception):
     """Why the suite cannot be brought."""
 
@@ -144,8 +145,10 @@ def main() -> int:
         for draft in DRAFTS:
             shares = shares_of(draft)
             print(f"{draft}: schemas: {dict(shares.schemas)}; instances under those taken: {dict(shares.instances)}")
-            for heading, lines in (("INVALID AND ACCEPTED", shares.invalid_accepted), ("valid and refused",
-                                                                                        shares.valid_refused)):
+            for heading, lines in (
+                ("INVALID AND ACCEPTED", shares.invalid_accepted),
+                ("valid and refused", shares.valid_refused),
+            ):
                 for line in lines:
                     print(f"  {heading}: {line}")
             for words, n in shares.refusals.most_common():

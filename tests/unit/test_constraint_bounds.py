@@ -25,7 +25,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a value that is rounded": ({"enum": [2**70]}, "the number 1180591620717411303424 at #/enum"),
     "no number": ('{"const": NaN}', "no number of JSON"),
     "a reference beside $id": (
-        {"allOf": [{"$id": "http://x/", "$ref": "a"}], "$defs": {"a": {}}}, "stands beside '\\$id'"
+        {"allOf": [{"$id": "http://x/", "$ref": "a"}], "$defs": {"a": {}}},
+        "stands beside '\\$id'",
     ),
     "a reference into values": ({"const": {"minLength": 10**9}, "items": {"$ref": "#/const"}}, "leads into 'const'"),
     "patterns that hold at once": ({"allOf": [{"pattern": f"a{i}"} for i in range(30)]}, "30 patterns for one text"),
@@ -35,12 +36,20 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "100 properties in each of 100 alternatives",
     ),
     "alternatives that are multiplied": (
-        {"allOf": [{"anyOf": [{"minLength": i}, {"maxLength": i}]} for i in range(30)]}, "alternatives at one place"
+        {"allOf": [{"anyOf": [{"minLength": i}, {"maxLength": i}]} for i in range(30)]},
+        "alternatives at one place",
     ),
     "doubling": (
         {
-            "$defs": {f"d{i}": {"allOf": [{"properties": {n: {"$ref": f"#/$defs/d{i + 1}"} for n in names}}
-                                          for names in ("a", "ab")]} for i in range(16)} | {"d16": {}},
+            "$defs": {
+                f"d{i}": {
+                    "allOf": [
+                        {"properties": {n: {"$ref": f"#/$defs/d{i + 1}"} for n in names}} for names in ("a", "ab")
+                    ]
+                }
+                for i in range(16)
+            }
+            | {"d16": {}},
             "$ref": "#/$defs/d0",
         },
         "properties that are merged",

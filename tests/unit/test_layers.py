@@ -17,7 +17,17 @@ GROUND = {"errors"}
 CORE = {"_cancel", "outcome", "_params", "batch", *GROUND}
 NATIVE_CORE = {"_library", "_llama", "_model", "_result", "_context", "_memory", "_sampler", "constraint", *CORE}
 ENGINE = {
-    "scheduler", "text", "usage", "views", "work", "names", "desk", "handle", "generation", "embedder", "runner",
+    "scheduler",
+    "text",
+    "usage",
+    "views",
+    "work",
+    "names",
+    "desk",
+    "handle",
+    "generation",
+    "embedder",
+    "runner",
     "core",
     *NATIVE_CORE,
 }
@@ -60,7 +70,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": {"__init__", "server", "aio", "engine", "make_model", *ENGINE},
     "demo": {"__init__", "demo", "server", "conformance", "aio", "engine", "make_model", *ENGINE},
     "cli": {
-        "server", "conformance", "generate", "demo", "rpc_server", "aio", "engine", "make_model", "__init__", *ENGINE,
+        "server",
+        "conformance",
+        "generate",
+        "demo",
+        "rpc_server",
+        "aio",
+        "engine",
+        "make_model",
+        "__init__",
+        *ENGINE,
     },
     "__init__": {"aio", "engine", *ENGINE},
     "__main__": {"cli"},

@@ -53,9 +53,7 @@ def test_a_cleared_context_computes_as_a_new_one(
 def test_nothing_is_left_of_numbers_that_are_none(
     left: str, streams: bool, model_of: LoadedModel, new_context: NewContext
 ) -> None:
-    context, new = (
-        new_context("llama", n_seq_max=2, kv_unified=not streams, flash_attn=False) for _ in range(2)
-    )
+    context, new = (new_context("llama", n_seq_max=2, kv_unified=not streams, flash_attn=False) for _ in range(2))
     wanted = bits(new)
     context.decode(batch_of(prompt(model_of("llama"), 300)))
     state = context.state.save(0)

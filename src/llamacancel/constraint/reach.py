@@ -47,8 +47,13 @@ class Part:
         self.expanded = min(self.expanded + part.expanded, 10**9)
         if keyword in ("anyOf", "oneOf"):
             choice = self.choice.setdefault(keyword, [0, 0, 0, 0, 1])
-            choice[:] = (choice[0] + part.alternatives, choice[1] + part.values, max(choice[2], part.width),
-                         max(choice[3], part.patterns), max(choice[4], part.multiple))
+            choice[:] = (
+                choice[0] + part.alternatives,
+                choice[1] + part.values,
+                max(choice[2], part.width),
+                max(choice[3], part.patterns),
+                max(choice[4], part.multiple),
+            )
         elif keyword in ("allOf", "$ref"):
             self._merge(part.alternatives, part.values, part.width, part.patterns, part.multiple)
 
