@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 
 __all__ = ["Models", "Progress", "Settings", "Start", "Step", "batch_of", "prompt", "same_bits", "single_rows"]
 

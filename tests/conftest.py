@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 
 from . import device
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 
 from .. import machine
 from . import measure, report

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 
 from .. import machine
 from ..latency import Case, cancel_during, measure

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 
 from .. import machine
 from . import measure, report

@@ -14,7 +14,18 @@ from ._params import LatencyPlan
 from ._result import DecodeResult
 from ._sampler import Sampler
 from .batch import Batch
-from .engine import Engine
+from .engine import (
+    Embedding,
+    Engine,
+    EngineSnapshot,
+    Generation,
+    GenerationResult,
+    Piece,
+    RequestView,
+    SlotView,
+    TokenInfo,
+    Usage,
+)
 from .errors import (
     ClosedError,
     ContextBusyError,
@@ -33,9 +44,6 @@ from .errors import (
     SequenceOutcome,
     StateError,
 )
-from .generation import Embedding, Generation, GenerationResult, Piece, TokenInfo
-from .usage import Usage
-from .views import EngineSnapshot, RequestView, SlotView
 
 __version__ = "0.1.0"
 

@@ -25,13 +25,19 @@ from . import engine as _engine
 from ._cancel import CancelToken, Cause
 from ._model import Model
 from ._sampler import Sampler
-from .generation import Generation as _Generation
-from .generation import GenerationResult, Piece, TokenInfo
-from .handle import Handle
-from .scheduler import FinishReason, RequestState
-from .usage import Usage
-from .views import EngineSnapshot, RequestView
-from .work import Registration
+from .engine import (
+    EngineSnapshot,
+    FinishReason,
+    GenerationResult,
+    Handle,
+    Piece,
+    Registration,
+    RequestState,
+    RequestView,
+    TokenInfo,
+    Usage,
+)
+from .engine import Generation as _Generation
 
 __all__ = ["Engine", "Generation"]
 
@@ -332,7 +338,7 @@ class Engine:
             ValueError: As `Model.tokenize`.
         """
         self._engine._check_open()
-        own = _engine._token_of(token, timeout)
+        own = _engine.token_of(token, timeout)
         done = asyncio.get_running_loop().run_in_executor(
             None, functools.partial(self._engine.model.tokenize, text, token=own)
         )
@@ -359,7 +365,7 @@ class Engine:
         """The embedding of a text, float32 of shape (n_embd,). As `lc.Engine.embed`; a long text is turned into tokens
         in a thread, as with `tokenize`.
         """
-        own = _engine._token_of(token, timeout)
+        own = _engine.token_of(token, timeout)
         if isinstance(prompt, str) and len(prompt) >= _engine.LONG_TEXT:
             prompt = await self.tokenize(prompt, token=own)
         embedding = self._engine.embed(prompt, token=own, priority=priority, request_id=request_id)

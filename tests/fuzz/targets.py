@@ -17,7 +17,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 
 __all__ = ["TARGETS", "Target", "Wrong"]
 

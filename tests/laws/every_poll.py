@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.device import CONTEXT, load
 from tests.laws.clock import NEVER, deadline_at, readings_of
 from tests.laws.words import (

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.device import CONTEXT, load
 
 from .clock import Clock, deadline_at, readings_of

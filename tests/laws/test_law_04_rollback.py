@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests import device
 from tests.conftest import GENERATIVE
 

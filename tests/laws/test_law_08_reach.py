@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import llamacancel as lc
-from llamacancel.make_model import find_vocab, make_lora
+from llamacancel.commands.make_model import find_vocab, make_lora
 from tests.conftest import GENERATIVE, TEXT
 from tests.device import CONTEXT, load
 

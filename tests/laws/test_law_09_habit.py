@@ -36,7 +36,7 @@ needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are th
 _BEGIN = """
 import os, signal, sys, threading, time
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.device import *
 from tests.laws.clock import *
 from tests.laws.words import *

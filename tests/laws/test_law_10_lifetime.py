@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import llamacancel as lc
-from llamacancel.make_model import make_lora
+from llamacancel.commands.make_model import make_lora
 from tests.conftest import GENERATIVE
 from tests.device import CONTEXT, load
 from tests.unit.test_damaged_files import small_model
@@ -150,7 +150,7 @@ def test_a_call_that_waits_for_a_context_which_is_closed_meanwhile_is_told_so() 
     Clock()  # skips the test where there is none
     ran = run_python("""
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.device import *
 from tests.laws.clock import *
 from tests.laws.words import *
@@ -184,7 +184,7 @@ def test_a_main_thread_that_waits_for_a_context_does_not_wait_for_ever() -> None
     ran = run_python("""
 import threading
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.device import *
 from tests.laws.words import *
 model = load(cached_model("llama", "tiny"))
@@ -279,7 +279,7 @@ def test_an_exception_needs_nothing_to_be_alive(model_path: ModelPath) -> None:
 EXIT = """
 import sys, threading
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.device import *
 from tests.laws.clock import *
 from tests.laws.words import *
@@ -349,7 +349,7 @@ def bye():
     print("closed", flush=True)
 atexit.register(bye)
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 model = lc.Model.load(cached_model("llama", "tiny"))
 state["engine"] = engine = lc.Engine(model, n_threads=1, slots=1)
 generation = engine.submit([400], sampler=lc.Sampler(temperature=0, logit_bias={{2: -1000.0}}))
@@ -365,7 +365,7 @@ def test_an_exit_with_everything_open_crashes_nothing() -> None:
     ran = run_python(f"""
 import warnings
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.device import *
 from tests.laws.words import *
 warnings.simplefilter("ignore")
@@ -388,7 +388,7 @@ def test_a_forked_child_is_told_and_the_parent_goes_on(arch: str) -> None:
 import os, sys, gc, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.device import *
 from tests.laws.clock import *
 from tests.laws.words import *
@@ -435,7 +435,7 @@ def test_a_child_forked_before_the_first_load_may_load() -> None:
     ran = run_python("""
 import os
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.device import *
 from tests.laws.words import *
 child = os.fork()
@@ -454,7 +454,7 @@ def test_a_forked_child_may_load_after_a_load_that_failed_and_exits_at_once() ->
     ran = run_python("""
 import os, sys, threading, time
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.device import *
 from tests.laws.words import *
 try:
@@ -478,7 +478,7 @@ def test_a_child_forked_in_the_middle_of_a_decode_exits_by_itself_and_can_print_
 import os, sys, time, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.device import *
 from tests.laws.clock import *
 from tests.laws.words import *
@@ -507,7 +507,7 @@ def test_a_child_forked_in_the_middle_of_a_call_has_the_wakeup_fd_from_before_it
 import os, signal, socket, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.device import *
 from tests.laws.clock import *
 from tests.laws.words import *
@@ -541,7 +541,7 @@ def test_a_call_without_memory_for_its_outputs_leaves_the_context_as_it_was() ->
 import resource
 import psutil
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.device import *
 from tests.laws.words import *
 with load(cached_model("llama", "tiny")) as model:

@@ -17,7 +17,7 @@ from .words import ROOT
 PROGRAM = """
 import os, sys, threading
 threading.Thread(target=lambda: (sys.stdin.buffer.raw.read(), os._exit(1)), daemon=True).start()
-from llamacancel.cli import main
+from llamacancel.commands.cli import main
 sys.exit(main(["rpc-server", "--threads", "1", *sys.argv[1:]]))
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 
 from .served import Served, serving, steady, text_of
 

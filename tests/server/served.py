@@ -17,11 +17,11 @@ import numpy as np
 import uvicorn
 
 import llamacancel as lc
+from llamacancel.engine.views import EngineSnapshot, RequestView
 from llamacancel.server import create_app
 from llamacancel.server.protocol import ListeningProtocol
 from llamacancel.server.run import Server
 from llamacancel.server.service import NOBODY
-from llamacancel.views import EngineSnapshot, RequestView
 
 PATIENCE = 60.0
 """Seconds after which something that has to happen counts as never happening."""

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from llamacancel.server import bodies, prompts
+from llamacancel.server import bodies
+from llamacancel.server.openai import prompts
 
 from .served import PATIENCE, Served, events_of, greedy, new_id
 from .test_limits import error_of
@@ -203,7 +204,7 @@ def test_an_error_that_nobody_foresaw_is_told_of_its_own_request(
     def take(*_: object) -> None:
         raise IndexError("a fault of the server")
 
-    monkeypatch.setattr("llamacancel.generation.GenerationWork.take", take)
+    monkeypatch.setattr("llamacancel.engine.generation.GenerationWork.take", take)
     answer = llama.post(COMPLETIONS, greedy("x", 4, stream=stream))
     error = events_of(answer.text)[-1]["error"] if stream else error_of(answer, 500)
     assert error["message"] == "the generation failed: a fault of the server"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamacancel.server.tools import ToolCall, ToolCallReader
+from llamacancel.server.openai.tools import ToolCall, ToolCallReader
 
 from .served import Served, events_of, greedy
 

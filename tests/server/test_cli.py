@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
-from llamacancel.cli import main
-from llamacancel.make_model import cached_model
+from llamacancel.commands.cli import main
+from llamacancel.commands.make_model import cached_model
 
 from .served import PATIENCE, eventually, read_events
 
@@ -247,7 +247,7 @@ class Missing:
         if name.split(".")[0] in {"fastapi", "uvicorn", "starlette", "jinja2", "prometheus_client"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
-from llamacancel.cli import main
+from llamacancel.commands.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -266,7 +266,7 @@ def test_without_the_extra_a_line_says_how_to_get_it(args: list[str]) -> None:
 
 PRESSED = """
 import sys
-from llamacancel.cli import main
+from llamacancel.commands.cli import main
 class Press:
     def find_spec(self, name, path=None, target=None):
         if name == sys.argv[1]:
@@ -276,7 +276,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("module", ["llamacancel.demo", "llamacancel.server.options", "uvicorn"])
+@pytest.mark.parametrize("module", ["llamacancel.commands.demo", "llamacancel.commands.serve", "uvicorn"])
 def test_ctrl_c_while_a_command_is_imported_stops_it_without_a_traceback(module: str) -> None:
     told = subprocess.run(
         [sys.executable, "-c", PRESSED, module, "serve", "--model", str(MODEL)],

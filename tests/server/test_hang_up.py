@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamacancel.views import RequestView
+from llamacancel.engine.views import RequestView
 
 from .served import (
     LONG_TEXTS,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import llamacancel as lc
-from llamacancel.server import live
+from llamacancel.server.page import routes as live
 
 from .served import PATIENCE, Served, any_step, eventually, greedy, new_id, serving, short_of_memory, text_of, tokens
 
@@ -29,7 +29,7 @@ HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title=
 
 
 def names() -> list[str]:
-    return sorted(file.name for file in PAGE.iterdir())
+    return sorted(file.name for file in PAGE.iterdir() if file.is_file() and not file.name.endswith(".py"))
 
 
 @pytest.mark.parametrize("name", names())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import llamacancel as lc
-from llamacancel.server.templates import CHATML, ChatTemplate, TemplateFailed, chat_tokens
+from llamacancel.server.openai.templates import CHATML, ChatTemplate, TemplateFailed, chat_tokens
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

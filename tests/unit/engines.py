@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 import llamacancel as lc
-from llamacancel.make_model import cached_model
-from llamacancel.scheduler import Outcome, Plan
+from llamacancel.commands.make_model import cached_model
+from llamacancel.engine.scheduler import Outcome, Plan
 
 GENERATIVE = ["llama", "swa", "mamba", "hybrid", "moe"]
 WHOLE_ONLY = ["swa", "mamba", "hybrid"]  # a state that cannot be cut back

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llamacancel.engine.scheduler import Clear, Cut, Fault, MemoryRules, Outcome, Plan, Request, Sampled
+from llamacancel.engine.scheduler.plan import Action
 from llamacancel.errors import DecodeFailedError, MemoryFullError
-from llamacancel.scheduler import Clear, Cut, Fault, MemoryRules, Outcome, Plan, Request, Sampled
-from llamacancel.scheduler.plan import Action
 
 END = 0  # the token that ends a text
 

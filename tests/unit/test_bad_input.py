@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import llamacancel as lc
-from llamacancel.make_model import cached_model, find_vocab, make_lora, make_model
+from llamacancel.commands.make_model import cached_model, find_vocab, make_lora, make_model
 from tests.conftest import batch_of, prompt
 
 HELD = 12  # positions of sequence 0 that a context holds before the bad input

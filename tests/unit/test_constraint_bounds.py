@@ -128,7 +128,7 @@ def test_the_walk_is_as_long_as_the_schema() -> None:
 LIVES = r"""
 import sys
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 model = lc.Model.load(cached_model("llama", "tiny"))
 ref = lambda name: {"$ref": "#/$defs/" + name}
 

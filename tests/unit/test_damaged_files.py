@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 
-from llamacancel.make_model import cached_model, find_vocab
+from llamacancel.commands.make_model import cached_model, find_vocab
 
 pytestmark = pytest.mark.timeout(1800)  # on a slow and busy machine
 

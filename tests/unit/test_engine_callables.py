@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import llamacancel as lc
-from llamacancel.generation import EmbeddingWork, GenerationWork
-from llamacancel.runner import Runner, _StepBatch
+from llamacancel.engine.generation import EmbeddingWork, GenerationWork
+from llamacancel.engine.runner import Runner, _StepBatch
 from tests.unit.engines import Gate, answer, engine, greedy, idle_slots, ids, same_answer
 
 NOT_A_STEPS = {"close", "upset", "_renew"}  # at the end; and what is done when something else has failed
@@ -65,7 +65,7 @@ def put(e: lc.Engine, name: str, error: BaseException, at: int, patch: pytest.Mo
         once = Once(getattr(runner, name), error, at)
         patch.setattr(runner, name, once)
     elif name == "choose_tokens":
-        import llamacancel.runner as module
+        import llamacancel.engine.runner as module
 
         once = Once(module.choose_tokens, error, at)
         patch.setattr(module, "choose_tokens", once)
@@ -99,12 +99,12 @@ def put(e: lc.Engine, name: str, error: BaseException, at: int, patch: pytest.Mo
         once = Once(e._vocabulary.__class__.__getitem__, error, at)
         patch.setattr(e._vocabulary.__class__, "__getitem__", lambda self, token: once(self, token))
     elif name == "assembler.feed":
-        from llamacancel.text import TextAssembler
+        from llamacancel.engine.text import TextAssembler
 
         once = Once(TextAssembler.feed, error, at)
         patch.setattr(TextAssembler, "feed", lambda *args: once(*args))
     elif name == "work.finish_text":
-        from llamacancel.text import TextAssembler
+        from llamacancel.engine.text import TextAssembler
 
         once = Once(TextAssembler.finish, error, 1)
         patch.setattr(TextAssembler, "finish", lambda *args: once(*args))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import llamacancel as lc
-from llamacancel.scheduler import Plan
+from llamacancel.engine.scheduler import Plan
 from tests.laws.clock import in_the_middle
 from tests.unit.engines import (
     GENERATIVE,

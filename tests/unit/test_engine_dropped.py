@@ -14,7 +14,7 @@ import pytest
 
 import llamacancel as lc
 from llamacancel import aio
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.unit.engines import Gate, endless, engine, ids
 from tests.unit.test_engine_lifetime import run_python
 

@@ -286,7 +286,7 @@ def test_a_request_cancelled_while_its_token_is_chosen_ends_as_cancelled(monkeyp
                 generations[1].cancel("changed my mind")
                 return choose_tokens(*args)
 
-            monkeypatch.setattr("llamacancel.runner.choose_tokens", cancelled_meanwhile)
+            monkeypatch.setattr("llamacancel.engine.runner.choose_tokens", cancelled_meanwhile)
         with pytest.raises(lc.DecodeCancelled, match="changed my mind"):
             generations[1].result(60)
         generations[0].result(60)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 from tests.unit.engines import Gate, answer, engine, greedy, ids, model, same_answer, stalled
 
 ROOT = Path(__file__).parents[2]

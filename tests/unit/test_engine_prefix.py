@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import llamacancel as lc
-from llamacancel.scheduler import Copy
+from llamacancel.engine.scheduler import Copy
 from tests.unit.engines import (
     GENERATIVE,
     WHOLE_ONLY,

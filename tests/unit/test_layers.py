@@ -12,28 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "llamacancel"
 NATIVE = PACKAGE / "_native"
 
-# What a module may import of the package. A module that is not listed is on the ground floor.
+# The floors: what each may import of the package. One that is not listed has no place in the house.
 GROUND = {"errors"}
 CORE = {"_cancel", "outcome", "_params", "batch", *GROUND}
 NATIVE_CORE = {"_library", "_llama", "_model", "_result", "_context", "_memory", "_sampler", "constraint", *CORE}
-ENGINE = {
-    "scheduler",
-    "text",
-    "usage",
-    "views",
-    "work",
-    "names",
-    "desk",
-    "handle",
-    "generation",
-    "embedder",
-    "runner",
-    "core",
-    *NATIVE_CORE,
-}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": {"_cancel"},  # for annotations alone: see the test
-    "_arguments": set(),
     "_deadlines": set(),
     "_params": set(),
     "_cancel": {"_lib", "_deadlines", *GROUND},
@@ -43,47 +27,75 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_model": {"_lib", "_llama", "_context", *CORE},
     "_result": {"_lib", *GROUND},
     "_context": {"_lib", "_llama", "_model", "_result", "_memory", *CORE},
-    "constraint": {"constraint"},
-    "_sampler": {"_lib", "_llama", "_model", "_context", "constraint", *CORE},
+    "constraint": set(),
+    "_sampler": {"_lib", "_llama", "_model", "_context", *NATIVE_CORE},
     "_memory": {"_lib", "_llama", "_model", "_context", *CORE},
     "_library": {"_llama"},
-    "_lib": {"_lib"},
-    "scheduler": {"scheduler", *GROUND},
-    "_gguf": set(),
-    "make_model": {"_gguf"},
-    "text": set(),
-    "usage": set(),
-    "views": {"scheduler"},
-    "work": {"scheduler", "views", "desk", *CORE},  # desk for annotations alone
-    "names": {"work"},
-    "desk": {"scheduler", "views", "work", "names", *CORE},
-    "handle": {"scheduler", "usage", "views", "work", *CORE},
-    "generation": {"scheduler", "text", "usage", "work", "handle", *NATIVE_CORE},
-    "embedder": {"scheduler", "_llama", "_context", *CORE},
-    "runner": {"scheduler", "work", "generation", "embedder", *NATIVE_CORE},
-    "core": {"scheduler", "views", "work", "desk", "runner", "_llama", *CORE},
-    "engine": ENGINE,
-    "aio": {"engine", *ENGINE},
-    "server": {"__init__", "server", "aio", "engine", "make_model", "_arguments", *ENGINE},
-    "conformance": {"conformance"},  # knows a server by its address alone
-    "rpc_server": {"_llama", "_params", "_arguments"},
-    "generate": {"__init__", "server", "aio", "engine", "make_model", *ENGINE},
-    "demo": {"__init__", "demo", "server", "conformance", "aio", "engine", "make_model", *ENGINE},
-    "cli": {
-        "server",
-        "conformance",
-        "generate",
-        "demo",
-        "rpc_server",
-        "aio",
-        "engine",
-        "make_model",
-        "__init__",
-        *ENGINE,
-    },
-    "__init__": {"aio", "engine", *ENGINE},
-    "__main__": {"cli"},
+    "_lib": set(),
+    "engine": NATIVE_CORE,
+    "aio": {"engine", *NATIVE_CORE},
+    "__init__": {"aio", "engine", *NATIVE_CORE},
+    "server": {"__init__", "aio", "engine", *NATIVE_CORE},
+    "conformance": set(),  # knows a server by its address alone
+    "commands": {"__init__", "conformance", "server", "aio", "engine", *NATIVE_CORE},
+    "__main__": {"commands"},
 }
+# The floors within a room.
+INSIDE: dict[str, dict[str, set[str]]] = {
+    "engine": {
+        "scheduler": set(),
+        "text": set(),
+        "usage": set(),
+        "views": {"scheduler"},
+        "work": {"scheduler", "views", "desk"},  # desk for annotations alone
+        "names": {"work"},
+        "desk": {"scheduler", "views", "work", "names"},
+        "handle": {"scheduler", "usage", "views", "work"},
+        "generation": {"scheduler", "text", "usage", "work", "handle"},
+        "embedder": {"scheduler"},
+        "runner": {"scheduler", "work", "generation", "embedder"},
+        "thread": {"scheduler", "views", "work", "desk", "runner"},
+        "engine": {
+            "scheduler",
+            "views",
+            "usage",
+            "work",
+            "desk",
+            "handle",
+            "generation",
+            "embedder",
+            "runner",
+            "thread",
+        },
+    },
+    "server": {
+        "errors": set(),
+        "sse": set(),
+        "protocol": set(),
+        "disconnect": set(),
+        "page": {"errors"},
+        "bodies": {"errors"},
+        "service": {"disconnect", "errors", "ops", "openai"},  # metrics, and the template
+        "limits": {"errors", "page", "service"},
+        "threads": {"service"},
+        "ops": {"bodies", "disconnect", "errors", "service", "sse", "threads"},
+        "openai": {"bodies", "disconnect", "errors", "service", "sse", "threads"},
+        "app": {"bodies", "errors", "limits", "openai", "ops", "page", "service"},
+        "run": {"app", "limits", "protocol", "service"},
+    },
+    "commands": {
+        "arguments": set(),
+        "gguf": set(),
+        "make_model": {"gguf"},
+        "rpc_server": {"arguments"},
+        "serve": {"arguments"},
+        "generate": set(),
+        "demo": {"make_model"},
+        "cli": {"serve", "generate", "demo", "rpc_server", "make_model"},
+    },
+}
+# Rooms that are entered by a door of theirs: what others may import is in `__init__.py`.
+WITH_A_DOOR = {"engine", "constraint"}
 LLAMA = ("llama.h", "llama-", "ggml", "gguf.h")
 
 
@@ -102,7 +114,7 @@ def cython_files() -> list[Path]:
 
 
 def imports_of(path: Path) -> list[tuple[str, bool]]:
-    """Modules of the package that a file imports, and whether only a type checker does."""
+    """Modules of the package that a file imports, by their dotted names, and whether only a type checker does."""
     tree = ast.parse(path.read_text())
     checking = {
         id(node)
@@ -110,26 +122,30 @@ def imports_of(path: Path) -> list[tuple[str, bool]]:
         if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
         for node in ast.walk(branch)
     }
-    inside = len(path.relative_to(PACKAGE).parts)
+    folders = path.relative_to(PACKAGE).parts[:-1]
     found: list[tuple[str, bool]] = []
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [
-                alias.name.partition(".")[2] or "__init__"
-                for alias in node.names
-                if alias.name.split(".")[0] == "llamacancel"
-            ]
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "llamacancel"]
         elif isinstance(node, ast.ImportFrom):
-            if node.level == 0 and node.module and node.module.split(".")[0] == "llamacancel":
-                below = node.module.partition(".")[2]
-                names = [below] if below else [alias.name for alias in node.names]
-            elif node.level == inside:
-                names = [node.module] if node.module else [alias.name for alias in node.names]
-            elif node.level:
-                names = [module_of(path)]
-        found += [(name.split(".")[0], id(node) in checking) for name in names]
+            base = ["llamacancel", *folders[: len(folders) - node.level + 1]] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            if module.split(".")[0] == "llamacancel":
+                names = [f"{module}.{alias.name}" for alias in node.names]
+        found += [(_module_in(name), id(node) in checking) for name in names]
     return found
+
+
+def _module_in(name: str) -> str:
+    """The module that a dotted name is, or is in, without the package's own name; "__init__" for the package."""
+    parts = name.split(".")[1:]
+    while parts:
+        place = PACKAGE.joinpath(*parts)
+        if place.is_dir() or any(place.with_suffix(suffix).exists() for suffix in (".py", ".pyx")):
+            return ".".join(parts)
+        parts.pop()
+    return "__init__"
 
 
 def cimports_of(path: Path) -> list[str]:
@@ -142,11 +158,19 @@ def cimports_of(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_imports_downward_only(path: Path) -> None:
-    module = module_of(path)
-    assert module in MAY_IMPORT, f"{module} has no floor yet: name it in MAY_IMPORT"
+    room = module_of(path)
+    assert room in MAY_IMPORT, f"{room} has no floor yet: name it in MAY_IMPORT"
+    inside = INSIDE.get(room, {})
+    place = path.relative_to(PACKAGE).with_suffix("").parts[1:2]
     for name, for_checking in imports_of(path):
-        if (PACKAGE / f"{name}.py").exists() or (PACKAGE / f"{name}.pyx").exists() or (PACKAGE / name).is_dir():
-            assert for_checking or name in MAY_IMPORT[module] - ({"_cancel"} if module == "errors" else set()), name
+        first, _, rest = name.partition(".")
+        if first != room:
+            allowed = MAY_IMPORT[room] - ({"_cancel"} if room == "errors" else set())
+            assert for_checking or first in allowed, name
+            assert not rest or first not in WITH_A_DOOR, f"{name}: import it from {first}'s door"
+        elif inside and rest and place and place != ("__init__",):
+            second = rest.split(".")[0]
+            assert second == place[0] or for_checking or second in inside[place[0]], name
 
 
 @pytest.mark.parametrize("path", cython_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -165,12 +189,11 @@ def test_what_is_above_is_imported_only_where_it_is_made(below: str, above: str)
 
 
 def test_the_scheduler_is_pure_python() -> None:
-    for path in (PACKAGE / "scheduler").rglob("*"):
+    for path in (PACKAGE / "engine" / "scheduler").rglob("*"):
         assert path.suffix in ("", ".py", ".typed") or "__pycache__" in path.parts, path
         if path.suffix == ".py":
-            assert not [name for name, _ in imports_of(path) if name.startswith("_") or name in ("batch", "engine")], (
-                path
-            )
+            for name, _ in imports_of(path):
+                assert name == "errors" or name.startswith("engine.scheduler"), (path, name)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +255,7 @@ def test_the_public_names_are_those_of_the_package() -> None:
 
 
 def test_the_library_never_prints() -> None:
-    allowed = {"cli", "conformance", "demo", "generate", "make_model", "rpc_server", "server", "__main__"}
+    allowed = {"commands", "conformance", "server", "__main__"}
     for path in python_files():
         if module_of(path) not in allowed:
             calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))

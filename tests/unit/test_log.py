@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 
 USE = """
 import sys

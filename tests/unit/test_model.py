@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import llamacancel as lc
-from llamacancel.make_model import CHAT_TEMPLATE, find_vocab, make_lora
+from llamacancel.commands.make_model import CHAT_TEMPLATE, find_vocab, make_lora
 from tests.conftest import TEXT, batch_of, prompt
 
 LoadedModel = Callable[[str], lc.Model]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 
 import llamacancel as lc
-from llamacancel.names import Names
-from llamacancel.scheduler import Request
-from llamacancel.work import Work
+from llamacancel.engine.names import Names
+from llamacancel.engine.scheduler import Request
+from llamacancel.engine.work import Work
 
 
 def work(name: str = "it") -> Work:

@@ -396,7 +396,7 @@ def test_a_bound_sampler_is_refused_in_a_forked_child() -> None:
     ran = run_python("""
 import os, sys
 import llamacancel as lc
-from llamacancel.make_model import cached_model
+from llamacancel.commands.make_model import cached_model
 model = lc.Model.load(cached_model("llama", "tiny"))
 bound, unbound = lc.Sampler(seed=1, model=model), lc.Sampler(seed=1)
 child = os.fork()

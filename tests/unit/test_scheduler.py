@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamacancel.errors import DecodeFailedError, MemoryFullError
-from llamacancel.scheduler import (
+from llamacancel.engine.scheduler import (
     Cells,
     Copy,
     Fault,
@@ -23,7 +22,8 @@ from llamacancel.scheduler import (
     Scheduler,
     policy,
 )
-from llamacancel.scheduler.prefix import common_prefix
+from llamacancel.engine.scheduler.prefix import common_prefix
+from llamacancel.errors import DecodeFailedError, MemoryFullError
 from tests.unit.fake_runner import Chances, FakeRunner, answer, request
 
 ATTENTION = MemoryRules(cut=True, copy="part", cells=10_000)

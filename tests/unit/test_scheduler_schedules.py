@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from llamacancel.scheduler import Limits, MemoryRules, Outcome, Plan, Request, Scheduler
+from llamacancel.engine.scheduler import Limits, MemoryRules, Outcome, Plan, Request, Scheduler
 from tests.unit.fake_runner import Chances, FakeRunner, answer
 
 KINDS = {

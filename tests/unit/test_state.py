@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import llamacancel as lc
-from llamacancel.make_model import make_lora
+from llamacancel.commands.make_model import make_lora
 from tests.conftest import GENERATIVE, batch_of, prompt
 from tests.unit.test_damaged_files import Gguf
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamacancel.text import TextAssembler
+from llamacancel.engine.text import TextAssembler
 
 
 def assemble(parts: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], list[int], str | None]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import llamacancel as lc
-from llamacancel.make_model import find_vocab
+from llamacancel.commands.make_model import find_vocab
 
 Vocab = Callable[[str], lc.Model]
 

@@ -15,11 +15,15 @@ from starlette.middleware.cors import CORSMiddleware
 
 from .. import __version__
 from ..engine import Engine
-from . import chat, completions, embeddings, errors, live, ops
+from . import errors
 from .bodies import MOST_BYTES, schemas_of
 from .limits import ApiKeys, BodyLimit, Hosts, LastResort, RequestIds
-from .prompts import prepare_constraints
-from .schemas import ChatBody, CompletionBody, DetokenizeBody, EmbeddingsBody, TokenizeBody
+from .openai import chat, completions, embeddings
+from .openai.prompts import prepare_constraints
+from .openai.schemas import ChatBody, CompletionBody, EmbeddingsBody
+from .ops import routes as ops
+from .ops.schemas import DetokenizeBody, TokenizeBody
+from .page import routes as page
 from .service import Service
 
 __all__ = ["create_app"]
@@ -102,7 +106,7 @@ def create_app(
     )
     app.state.service = service
     errors.install(app)
-    for module in (completions, chat, embeddings, ops, live):
+    for module in (completions, chat, embeddings, ops, page):
         app.include_router(module.router)
     app.openapi = _described(app, with_keys=bool(keys))  # type: ignore[method-assign]
     return app

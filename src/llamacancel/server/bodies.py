@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import anyio.to_thread
 import numpy as np
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.json_schema import models_json_schema
 
 from .errors import ApiError, of_validation
 
-__all__ = ["MOST_BYTES", "body_of", "described", "schemas_of"]
+__all__ = ["MOST_BYTES", "Body", "TokenId", "Whole", "body_of", "described", "schemas_of", "whole"]
 
 MOST_BYTES = 4 * 2**20
 """The longest body, unless somebody says otherwise: a million tokens of English text, at four bytes each."""
@@ -34,6 +34,21 @@ SECONDS = 60.0
 """What a client has to send its body in."""
 
 _M = TypeVar("_M", bound=BaseModel)
+
+
+class Body(BaseModel):
+    """A body or a part of one: nothing is converted, so that "1" is no number and 1 no text."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+def whole(value: object) -> object:
+    """JSON knows one kind of number: 16.0 is an integer there."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(whole)
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), Whole]
 
 
 def body_of(model: type[_M]) -> Callable[[Request], Awaitable[_M]]:

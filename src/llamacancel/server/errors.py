@@ -9,11 +9,24 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-__all__ = ["ApiError", "cancelled", "error_body", "error_response", "install", "of_validation", "time_over"]
+__all__ = [
+    "ERRORS",
+    "GENERATION_ERRORS",
+    "TOKEN_ERRORS",
+    "ApiError",
+    "ErrorBody",
+    "cancelled",
+    "error_body",
+    "error_response",
+    "install",
+    "of_validation",
+    "time_over",
+]
 
 TYPES: dict[int, str] = {
     401: "authentication_error",
@@ -140,3 +153,45 @@ def of_validation(errors: Sequence[Any]) -> ApiError:
 def _is_type(part: object) -> bool:
     """Whether a part of an error's place is one of several types that were tried there, and no field."""
     return isinstance(part, str) and (part in ("str", "int", "float") or "[" in part)
+
+
+class Error(BaseModel):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """An error."""
+
+    error: Error
+
+
+_Responses = dict[int | str, dict[str, Any]]
+
+
+def _errors(words: dict[int, str]) -> _Responses:
+    return {status: {"model": ErrorBody, "description": text} for status, text in words.items()}
+
+
+ERRORS = _errors(
+    {
+        400: "Something is wrong with the request.",
+        401: "The API key is missing or wrong.",
+        413: "The body is too long.",
+        500: "The server failed.",
+    }
+)
+GENERATION_ERRORS = _errors(
+    {
+        408: "The request's time was over.",
+        409: "A request with this id is not finished yet.",
+        429: "The queue is full; Retry-After says when to try again.",
+        499: "The request was cancelled.",
+        503: "The server is shutting down.",
+    }
+)
+TOKEN_ERRORS: _Responses = {status: GENERATION_ERRORS[status] for status in (408, 409, 499)}

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import live
 from .errors import ApiError, error_response
+from .page import routes as page
 from .service import NOBODY, Asker
 
 __all__ = ["ApiKeys", "BodyLimit", "Hosts", "LastResort", "NoPaths", "RequestIds"]
@@ -21,7 +21,7 @@ __all__ = ["ApiKeys", "BodyLimit", "Hosts", "LastResort", "NoPaths", "RequestIds
 logger = logging.getLogger("llamacancel.server")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
-OPEN_PATHS = live.PATHS | {"/health"}
+OPEN_PATHS = page.PATHS | {"/health"}
 """Served without a key: the page (it has no data of its own) and what load balancers ask."""
 
 

@@ -19,12 +19,11 @@ from pydantic import WithJsonSchema
 from .. import aio
 from .._cancel import CancelToken, Cause
 from .._model import Model
-from ..engine import Engine
-from ..views import RequestView
+from ..engine import Engine, RequestView
 from .disconnect import watched
 from .errors import NO_RETRY, ApiError, cancelled, time_over
-from .metrics import Metrics
-from .templates import ChatTemplate, TemplateFailed
+from .openai.templates import ChatTemplate, TemplateFailed
+from .ops.metrics import Metrics
 
 __all__ = ["Group", "Service", "TimeoutHeader", "Work"]
 

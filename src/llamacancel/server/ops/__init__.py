@@ -1,0 +1,1 @@
+"""What is beside generation: models, tokens, health, metrics, slots, events, and cancelling by id."""

@@ -1,0 +1,1 @@
+"""The live page: what it is made of, and the endpoints that serve it."""
