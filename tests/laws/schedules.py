@@ -348,7 +348,7 @@ class Schedule:
         assert held[0] <= first <= max(held[0], last + 2 - self.model.n_swa if self.slides else held[0])
         if state is not None and first == held[0]:
             now = self.context.state.save(seq)
-            if self.slides and len(now) < len(state):  # a hybrid's first position tells nothing of cells out of the window
+            if self.slides and len(now) < len(state):  # a hybrid's first position tells nothing of lost cells
                 assert same_bits(self.going_on(now), self.going_on(state))
             else:
                 assert now == state, f"the state of sequence {seq} is another than before"
