@@ -71,7 +71,8 @@ gpu-wheelhouse: $(VENV)/.tools ## gather in build/wheelhouse what gpu-check need
 build: $(VENV)/.built ## build the extension (about two minutes the first time) and install it for development
 
 # Rebuilt when a native source changed; Python sources are used in place.
-NATIVE := $(wildcard src/llamacancel/*.pyx src/llamacancel/*.pxd src/llamacancel/_lib/* src/llamacancel/_native/*) \
+NATIVE := $(wildcard $(foreach name,*.pyx *.pxd *.pyi,src/llamacancel/*/$(name)) src/llamacancel/_native/*.pxd \
+            src/llamacancel/_native/*/*) \
           CMakeLists.txt cmake/llama.cmake pyproject.toml vendor/llama.cpp.lock.json $(wildcard vendor/patches/*)
 
 $(VENV)/.built: $(VENV)/.tools $(NATIVE)
@@ -91,7 +92,7 @@ lint: build     ## what a reviewer's tools would say
 	$(PY) -m pip install --quiet ruff cython-lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	PATH="$(VENV)/bin:$$PATH" cython-lint --max-line-length 120 src/llamacancel/*.pyx
+	PATH="$(VENV)/bin:$$PATH" cython-lint --max-line-length 120 src/llamacancel
 	$(PY) -m mypy
 
 clean:          ## remove everything that was built, and the environment

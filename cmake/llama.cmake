@@ -28,7 +28,7 @@ set(LLAMA_OPENSSL OFF CACHE BOOL "" FORCE)
 set(GGML_RPC ON CACHE BOOL "models split over worker processes")
 set(GGML_RPC_RDMA OFF CACHE BOOL "RPC over RDMA, which needs libibverbs on every machine that runs the library")
 
-# An assertion of ggml's that fails on our thread is turned into an exception (see _native/guard.cpp),
+# An assertion of ggml's that fails on our thread is turned into an exception (see _native/process/guard.cpp),
 # which has to pass through ggml's C frames.
 if(NOT MSVC)
     add_compile_options($<$<COMPILE_LANGUAGE:C>:-fexceptions>)
@@ -42,7 +42,7 @@ add_library(llamacancel_llama INTERFACE)
 target_link_libraries(llamacancel_llama INTERFACE llama)
 # The guarded decode reads llama.cpp's memory classes, which its public header does not declare.
 target_include_directories(llamacancel_llama SYSTEM INTERFACE ${llama_dir}/src)
-# It shares the threads that ggml computes with (_native/team.hpp).
+# It shares the threads that ggml computes with (_native/process/team.hpp).
 if(GGML_OPENMP)
     find_package(OpenMP COMPONENTS CXX)
     if(OpenMP_CXX_FOUND)

@@ -4,16 +4,8 @@ A cancel reaches the work that was given its token, and leaves everything else a
 README tells what is promised and how it is tested.
 """
 
-from . import _library as _library
 from . import aio as aio
-from ._cancel import CancelToken, Cause
-from ._context import Context
-from ._llama import build_info
-from ._model import LoraAdapter, Model
-from ._params import LatencyPlan
-from ._result import DecodeResult
-from ._sampler import Sampler
-from .batch import Batch
+from .cancel import CancelToken, Cause
 from .engine import (
     Embedding,
     Engine,
@@ -44,6 +36,7 @@ from .errors import (
     SequenceOutcome,
     StateError,
 )
+from .llama import Batch, Context, DecodeResult, LatencyPlan, LoraAdapter, Model, Sampler, build_info
 
 __version__ = "0.1.0"
 

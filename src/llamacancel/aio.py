@@ -22,9 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import engine as _engine
-from ._cancel import CancelToken, Cause
-from ._model import Model
-from ._sampler import Sampler
+from .cancel import CancelToken, Cause
 from .engine import (
     EngineSnapshot,
     FinishReason,
@@ -38,6 +36,7 @@ from .engine import (
     Usage,
 )
 from .engine import Generation as _Generation
+from .llama import Model, Sampler
 
 __all__ = ["Engine", "Generation"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from ._cancel import Cause
+    from .cancel import Cause
 
 __all__ = [
     "ClosedError",

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "clock.hpp"
+#include "cancel/clock.hpp"
 
 inline std::atomic<int64_t> fake_time{1'000};
 inline std::atomic<int64_t> clock_reads{0};

@@ -3,7 +3,7 @@
 #include <utility>
 #include <vector>
 
-#include "call.hpp"
+#include "cancel/call.hpp"
 #include "check.hpp"
 #include "fake_clock.hpp"
 

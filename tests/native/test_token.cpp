@@ -10,7 +10,7 @@
 #include "allocations.hpp"
 #include "check.hpp"
 #include "fake_clock.hpp"
-#include "token.hpp"
+#include "cancel/token.hpp"
 
 using namespace llamacancel;
 using Ptr = TokenState::Ptr;

@@ -12,11 +12,12 @@ from types import ModuleType
 
 import pytest
 
-from llamacancel import _cancel, _context, _memory, _model, _result, _sampler
+from llamacancel.cancel import token
+from llamacancel.llama import context, memory, model, result, sampler
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "llamacancel"
-MODULES: list[ModuleType] = [_cancel, _model, _result, _context, _memory, _sampler]
+MODULES: list[ModuleType] = [token, model, result, context, memory, sampler]
 
 # What every object has, and what Python makes of `__init__`, `__del__` and the like.
 IMPLIED = {
@@ -41,8 +42,12 @@ IMPLIED |= {
 }
 
 
+def source_of(module: ModuleType, suffix: str) -> str:
+    return SOURCE.joinpath(*module.__name__.split(".")[1:]).with_suffix(suffix).read_text()
+
+
 def stub(module: ModuleType) -> dict[str, ast.ClassDef]:
-    tree = ast.parse((SOURCE / f"{module.__name__.rpartition('.')[2]}.pyi").read_text())
+    tree = ast.parse(source_of(module, ".pyi"))
     return {
         node.name: node for node in tree.body if isinstance(node, ast.ClassDef) if "TypedDict" not in ast.unparse(node)
     }
@@ -91,7 +96,7 @@ def test_the_stub_tells_properties_from_methods(module: ModuleType, name: str) -
 
 def _source(module: ModuleType) -> ast.Module:
     """The .pyx as Python: C declarations are dropped, the signatures of `def` are kept."""
-    text = (SOURCE / f"{module.__name__.rpartition('.')[2]}.pyx").read_text()
+    text = source_of(module, ".pyx")
     found: list[str] = []
     where = ""
     for match in re.finditer(r"^(?:cdef )?class (\w+)|^( *)def (\w+)\(((?:[^()]|\([^()]*\))*)\)", text, re.MULTILINE):
@@ -115,7 +120,7 @@ def _shape(arguments: ast.arguments) -> list[tuple[str, str, str]]:
     return [(kind, arg.arg, ast.unparse(default) if default else "") for kind, arg, default in public]
 
 
-@pytest.mark.parametrize("module", [_model, _context, _memory, _sampler], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [model, context, memory, sampler], ids=lambda module: module.__name__)
 def test_the_stub_has_the_arguments_and_defaults_of_the_source(module: ModuleType) -> None:
     written = {node.name: node for node in _source(module).body if isinstance(node, ast.FunctionDef)}
     checked = 0
@@ -130,8 +135,8 @@ def test_the_stub_has_the_arguments_and_defaults_of_the_source(module: ModuleTyp
 
 
 def test_model_context_takes_what_a_context_takes() -> None:
-    made = stubbed(stub(_context)["Context"])["__init__"].args
-    wrapped = stubbed(stub(_model)["Model"])["context"].args
+    made = stubbed(stub(context)["Context"])["__init__"].args
+    wrapped = stubbed(stub(model)["Model"])["context"].args
     assert _shape(wrapped)[1:] == _shape(made)[2:]
     assert [ast.unparse(a.annotation) for a in wrapped.kwonlyargs if a.annotation] == [
         ast.unparse(a.annotation) for a in made.kwonlyargs if a.annotation

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import llamacancel as lc
-from llamacancel._sampler import choose_tokens
+from llamacancel.llama import choose_tokens
 from tests.unit.engines import (
     GENERATIVE,
     Gate,

@@ -14,34 +14,38 @@ NATIVE = PACKAGE / "_native"
 
 # The floors: what each may import of the package. One that is not listed has no place in the house.
 GROUND = {"errors"}
-CORE = {"_cancel", "outcome", "_params", "batch", *GROUND}
-NATIVE_CORE = {"_library", "_llama", "_model", "_result", "_context", "_memory", "_sampler", "constraint", *CORE}
+LLAMA_AND_BELOW = {"cancel", "constraint", "llama", *GROUND}
 MAY_IMPORT: dict[str, set[str]] = {
-    "errors": {"_cancel"},  # for annotations alone: see the test
-    "_deadlines": set(),
-    "_params": set(),
-    "_cancel": {"_lib", "_deadlines", *GROUND},
-    "outcome": {"_cancel", *GROUND},
-    "batch": {"_params", *GROUND},
-    "_llama": {"_lib", "_cancel", "outcome", "_params", *GROUND},
-    "_model": {"_lib", "_llama", "_context", *CORE},
-    "_result": {"_lib", *GROUND},
-    "_context": {"_lib", "_llama", "_model", "_result", "_memory", *CORE},
+    "errors": {"cancel"},  # for annotations alone: see the test
+    "_native": set(),
+    "cancel": {"_native", *GROUND},
     "constraint": set(),
-    "_sampler": {"_lib", "_llama", "_model", "_context", *NATIVE_CORE},
-    "_memory": {"_lib", "_llama", "_model", "_context", *CORE},
-    "_library": {"_llama"},
-    "_lib": set(),
-    "engine": NATIVE_CORE,
-    "aio": {"engine", *NATIVE_CORE},
-    "__init__": {"aio", "engine", *NATIVE_CORE},
-    "server": {"__init__", "aio", "engine", *NATIVE_CORE},
+    "llama": {"_native", "cancel", "constraint", *GROUND},
+    "engine": LLAMA_AND_BELOW,
+    "aio": {"engine", *LLAMA_AND_BELOW},
+    "__init__": {"aio", "engine", *LLAMA_AND_BELOW},
+    "server": {"__init__", "aio", "engine", *LLAMA_AND_BELOW},
     "conformance": set(),  # knows a server by its address alone
-    "commands": {"__init__", "conformance", "server", "aio", "engine", *NATIVE_CORE},
+    "commands": {"__init__", "conformance", "server", "aio", "engine", *LLAMA_AND_BELOW},
     "__main__": {"commands"},
 }
 # The floors within a room.
 INSIDE: dict[str, dict[str, set[str]]] = {
+    "cancel": {
+        "deadlines": set(),
+        "token": {"deadlines"},
+        "outcome": {"token"},
+    },
+    "llama": {
+        "params": set(),
+        "batch": {"params"},
+        "_llama": set(),
+        "result": set(),
+        "model": {"_llama", "params", "context"},  # a context where it is made
+        "context": {"_llama", "params", "batch", "result", "model"},
+        "memory": {"_llama", "params", "model", "context"},
+        "sampler": {"_llama", "params", "model", "context"},
+    },
     "engine": {
         "scheduler": set(),
         "text": set(),
@@ -95,7 +99,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
     },
 }
 # Rooms that are entered by a door of theirs: what others may import is in `__init__.py`.
-WITH_A_DOOR = {"engine", "constraint"}
+WITH_A_DOOR = {"cancel", "llama", "engine", "constraint"}
 LLAMA = ("llama.h", "llama-", "ggml", "gguf.h")
 
 
@@ -149,11 +153,15 @@ def _module_in(name: str) -> str:
 
 
 def cimports_of(path: Path) -> list[str]:
-    text = path.read_text()
-    found = re.findall(r"^\s*from \.([\w.]+) c?import", text, re.MULTILINE)
-    for names in re.findall(r"^\s*from \. c?import (\([^)]*\)|[\w, ]+)", text, re.MULTILINE):
-        found += re.findall(r"\w+", names)
-    return [name.split(".")[0] for name in found]
+    """Modules of the package that a compiled module imports or cimports, by their dotted names."""
+    folders = path.relative_to(PACKAGE).parts[:-1]
+    found = []
+    for dots, module, names in re.findall(
+        r"^ *from (\.+)([\w.]*) c?import (\([^)]*\)|.*)", path.read_text(), re.MULTILINE
+    ):
+        base = ".".join([*folders[: len(folders) - len(dots) + 1], *([module] if module else [])])
+        found += [base] if module else [f"{base}.{name}" for name in re.findall(r"(\w+)(?: as \w+)?", names)]
+    return found
 
 
 @pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -175,15 +183,18 @@ def test_a_module_imports_downward_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", cython_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_compiled_module_imports_downward_only(path: Path) -> None:
-    allowed = MAY_IMPORT[module_of(path)]
+    room = module_of(path)
     for name in cimports_of(path):
-        if path.parent.name != "_lib":
-            assert name in allowed | {module_of(path)}, name
+        first, _, rest = name.partition(".")
+        if first != room:
+            assert first in MAY_IMPORT[room], name
+        elif room in INSIDE:
+            assert rest == path.stem or rest in INSIDE[room][path.stem], name
 
 
-@pytest.mark.parametrize(("below", "above"), [("_model", "_context"), ("_context", "_memory")])
+@pytest.mark.parametrize(("below", "above"), [("model", "context"), ("context", "memory")])
 def test_what_is_above_is_imported_only_where_it_is_made(below: str, above: str) -> None:
-    text = (PACKAGE / f"{below}.pyx").read_text()
+    text = (PACKAGE / "llama" / f"{below}.pyx").read_text()
     assert set(re.findall(rf"^( *)from \.(?:{above}| import {above})\b", text, re.MULTILINE)) <= {" " * 8}
     assert f"from .{above} cimport" not in text
 
@@ -198,34 +209,34 @@ def test_the_scheduler_is_pure_python() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    sorted([*python_files(), *cython_files(), *NATIVE.glob("*.?pp"), *PACKAGE.glob("*.pyi")]),
+    sorted([*python_files(), *cython_files(), *NATIVE.rglob("*.?pp"), *PACKAGE.rglob("*.pyi")]),
     ids=lambda path: str(path.relative_to(PACKAGE)),
 )
 def test_no_module_is_above_about_700_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 700
 
 
-@pytest.mark.parametrize("name", ["clock.hpp", "token.hpp", "call.hpp"])
-def test_the_cancel_core_knows_neither_python_nor_llama_cpp(name: str) -> None:
-    seen, todo = set(), [name]
-    while todo:
-        path = NATIVE / todo.pop()
-        seen.add(path.name)
-        for include in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE):
-            assert "Python.h" not in include
-            assert not include.startswith(LLAMA), include
-            if (NATIVE / include).exists() and include not in seen:
-                todo.append(include)
-    assert seen <= {"clock.hpp", "token.hpp", "call.hpp"}
+def includes_of(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def test_the_cancel_core_knows_neither_python_nor_llama_cpp() -> None:
+    headers = sorted((NATIVE / "cancel").glob("*.hpp"))
+    assert headers
+    for path in headers:
+        for include in includes_of(path):
+            assert include != "Python.h", path
+            assert not include.startswith(LLAMA), (path, include)
+            assert "/" not in include or include.startswith("cancel/"), (path, include)
 
 
 def test_native_code_never_includes_python() -> None:
-    for path in NATIVE.glob("*.?pp"):
-        assert "Python.h" not in re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text()), path
+    for path in NATIVE.rglob("*.?pp"):
+        assert "Python.h" not in includes_of(path), path
 
 
 def test_headers_hold_no_statics_of_their_own() -> None:
-    for path in NATIVE.glob("*.hpp"):
+    for path in NATIVE.rglob("*.hpp"):
         code = re.sub(r"//.*", "", path.read_text())
         assert "thread_local" not in code, path
         for line in code.splitlines():
@@ -241,8 +252,9 @@ def test_one_extension_links_llama_cpp() -> None:
 
 
 def test_the_cancel_extension_declares_nothing_of_llama_cpp() -> None:
-    for name in ("_cancel.pyx", "_cancel.pxd", "_lib/token.pxd"):
-        assert not re.search(r"llama\.h|ggml|_lib\.(llama|box)|_llama", (PACKAGE / name).read_text()), name
+    for path in [*(PACKAGE / "cancel").glob("*.p[yx][xd]"), *(NATIVE / "cancel").glob("*.pxd")]:
+        assert not re.search(r"llama\.h|ggml|_llama", path.read_text()), path
+        assert all(name.startswith(("cancel", "_native.cancel", "errors")) for name in cimports_of(path)), path
 
 
 def test_the_public_names_are_those_of_the_package() -> None:

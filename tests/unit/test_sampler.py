@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import llamacancel as lc
-from llamacancel._sampler import choose_tokens
+from llamacancel.llama import choose_tokens
 from tests.conftest import batch_of, prompt
 from tests.laws.words import run_python
 

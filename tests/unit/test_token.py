@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-from llamacancel._cancel import CallbackHandle, CancelToken, Cause
-from llamacancel._deadlines import Alarms
+from llamacancel.cancel import CallbackHandle, CancelToken, Cause
+from llamacancel.cancel.deadlines import Alarms
 from llamacancel.errors import (
     DeadlineExceeded,
     DecodeCancelled,
@@ -665,7 +665,7 @@ def test_a_deadline_that_nobody_listens_to_starts_no_thread() -> None:
     assert_silent(
         """
         import threading, time
-        from llamacancel._cancel import CancelToken
+        from llamacancel.cancel import CancelToken
         CancelToken().add_callback(print)
         token = CancelToken(timeout=0.01)
         time.sleep(0.03)
@@ -944,7 +944,7 @@ def test_tokens_and_deadline_callbacks_work_in_a_forked_child() -> None:
         """
         import os, threading, time, warnings
         warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads
-        from llamacancel._cancel import CancelToken
+        from llamacancel.cancel import CancelToken
         calls = []
         root = CancelToken()
         child = root.child()
@@ -979,7 +979,7 @@ def test_a_cancel_in_a_forked_child_stays_there() -> None:
     assert_silent(
         """
         import os
-        from llamacancel._cancel import CancelToken
+        from llamacancel.cancel import CancelToken
         token = CancelToken()
         pid = os.fork()
         if pid == 0:
@@ -994,7 +994,7 @@ def test_the_interpreter_exits_with_threads_waiting_and_callbacks_pending() -> N
     assert_silent(
         """
         import threading, time
-        from llamacancel._cancel import CancelToken
+        from llamacancel.cancel import CancelToken
         keep = []
         root = CancelToken()
         for i in range(50):
@@ -1014,7 +1014,7 @@ def test_the_interpreter_exits_with_threads_waiting_and_callbacks_pending() -> N
 def test_the_interpreter_exits_while_daemon_threads_cancel_and_call_back() -> None:
     program = """
         import threading, time
-        from llamacancel._cancel import CancelToken
+        from llamacancel.cancel import CancelToken
         def churn():
             while True:
                 root = CancelToken(timeout=0.001)
@@ -1034,7 +1034,7 @@ def test_the_interpreter_exits_while_daemon_threads_cancel_and_call_back() -> No
 def test_a_token_cancelled_from_a_destructor_at_exit_is_safe() -> None:
     assert_silent(
         """
-        from llamacancel._cancel import CancelToken
+        from llamacancel.cancel import CancelToken
         class Owner:
             def __init__(self):
                 self.token = CancelToken()
@@ -1051,7 +1051,7 @@ def test_a_token_cancelled_from_a_destructor_in_a_cycle_is_safe() -> None:
     assert_silent(
         """
         import gc
-        from llamacancel._cancel import CancelToken
+        from llamacancel.cancel import CancelToken
         class Owner:
             def __init__(self):
                 self.token = CancelToken()

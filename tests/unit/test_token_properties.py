@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from llamacancel._cancel import CallbackHandle, CancelToken, Cause
+from llamacancel.cancel import CallbackHandle, CancelToken, Cause
 
 FAR = 1e6  # seconds; a deadline that does not come during a test
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .._model import Model
     from ..engine import Generation
+    from ..llama import Model
 
 __all__ = ["add_arguments", "run"]
 

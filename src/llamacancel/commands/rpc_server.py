@@ -39,18 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes; the exit status."""
-    from .. import _params
-    from .._llama import _serve_rpc
+    from ..llama import default_threads, serve_rpc
 
     host, port = _free(args.host, args.port)
-    threads = args.threads or _params.default_threads()
+    threads = args.threads or default_threads()
     here = host.startswith("127.")
     if not here:
         print(f"llamacancel: anyone who reaches {host}:{port} can use and take over this process: the protocol has no "
               "authentication", file=sys.stderr)  # fmt: skip
     ended: list[str] = []
     # llama.cpp's server cannot be asked to stop. It has nothing to clean up: the process ends under it.
-    serving = threading.Thread(target=lambda: ended.append(_serve_rpc(f"{host}:{port}", threads)), daemon=True)
+    serving = threading.Thread(target=lambda: ended.append(serve_rpc(f"{host}:{port}", threads)), daemon=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     serving.start()

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from queue import SimpleQueue
 
-from .._cancel import CancelToken
+from ..cancel import CancelToken
 from ..errors import ClosedError, QueueFullError
 from .names import Names
 from .scheduler import Flight, Request

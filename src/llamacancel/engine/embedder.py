@@ -5,11 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from .._cancel import CancelToken
-from .._context import Context
-from .._llama import _is_parked
-from ..batch import Batch
-from ..outcome import for_a_reader
+from ..cancel import CancelToken, for_a_reader
+from ..llama import Batch, Context, is_parked
 from .scheduler import Request
 
 __all__ = ["Embedder"]
@@ -88,7 +85,7 @@ class Embedder:
     def close(self) -> None:
         """Close the context. One that is being made is given up, and its thread waited for unless the exit holds it."""
         self._closing.cancel("the engine closes")
-        while (thread := self._thread) is not None and thread.is_alive() and not _is_parked(thread.ident or 0):
+        while (thread := self._thread) is not None and thread.is_alive() and not is_parked(thread.ident or 0):
             thread.join(0.1)
         self.take()
         self.drop()

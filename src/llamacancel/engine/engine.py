@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .._cancel import CancelToken
-from .._model import Model
-from .._params import POOLING, integer, number
-from .._sampler import Sampler
+from ..cancel import CancelToken
 from ..errors import DecodeCancelled, InvalidBatchError
+from ..llama import POOLING, Model, Sampler, integer, number
 from .desk import Desk
 from .embedder import Embedder
 from .generation import Embedding, EmbeddingWork, Generation, GenerationWork, Vocabulary
@@ -31,7 +29,7 @@ from .views import EngineSnapshot, RequestView
 from .work import Registration
 
 if TYPE_CHECKING:
-    from .._context import Context, Pooling
+    from ..llama import Context, Pooling
 
 __all__ = ["Engine"]
 

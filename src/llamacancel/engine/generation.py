@@ -9,10 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .._cancel import CancelToken
-from .._model import Model
-from .._sampler import Sampler
-from ..outcome import for_a_reader
+from ..cancel import CancelToken, for_a_reader
+from ..llama import Model, Sampler
 from .handle import Handle
 from .scheduler import FinishReason, Request
 from .text import TextAssembler

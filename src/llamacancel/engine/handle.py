@@ -10,9 +10,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from .._cancel import CancelToken, Cause
+from ..cancel import CancelToken, Cause, cancelled_error
 from ..errors import LlamaCancelError
-from ..outcome import cancelled_error
 from .scheduler import FinishReason, RequestState
 from .usage import Usage
 from .views import RequestView

@@ -6,12 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from .._cancel import CancelToken
-from .._context import Context
-from .._model import Model
-from .._result import DecodeResult
-from .._sampler import Sampler, choose_tokens
-from ..batch import Batch
+from ..cancel import CancelToken, for_a_reader, is_lost
 from ..errors import (
     ContextBusyError,
     DecodeCancelled,
@@ -21,7 +16,7 @@ from ..errors import (
     MemoryFullError,
     SequenceOutcome,
 )
-from ..outcome import for_a_reader, is_lost
+from ..llama import Batch, Context, DecodeResult, Model, Sampler, choose_tokens
 from .embedder import Embedder
 from .generation import EmbeddingWork, GenerationWork
 from .scheduler import Clear, Copy, Cut, Fault, MemoryRules, Outcome, Plan, Request, Rows, Sampled
@@ -29,7 +24,7 @@ from .scheduler.plan import Action
 from .work import ending_of
 
 if TYPE_CHECKING:
-    from .._sampler import Chosen
+    from ..llama import Chosen
 
 __all__ = ["Runner", "rules_of"]
 

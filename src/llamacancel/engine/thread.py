@@ -7,10 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from .._cancel import CancelToken, Cause
-from .._llama import _is_parked
+from ..cancel import CancelToken, Cause, is_lost
 from ..errors import ClosedError
-from ..outcome import is_lost
+from ..llama import is_parked
 from .desk import Desk
 from .runner import Runner
 from .scheduler import Outcome, Plan, Request, Scheduler, place_of
@@ -195,7 +194,7 @@ class Core:
     def join(self, timeout: float | None) -> bool:
         """Wait for the thread's end; True if it has come, or if the exit has stopped it for good."""
         until = math.inf if timeout is None else time.monotonic() + timeout
-        while self._thread.is_alive() and not _is_parked(self._thread.ident or 0):
+        while self._thread.is_alive() and not is_parked(self._thread.ident or 0):
             left = until - time.monotonic()
             if left <= 0:
                 return False

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._cancel import CallbackHandle, CancelToken, Cause
+from ..cancel import CallbackHandle, CancelToken, Cause
 from .scheduler import FinishReason, Request
 from .views import RequestView
 

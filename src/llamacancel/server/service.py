@@ -17,9 +17,9 @@ from fastapi import Header, Request
 from pydantic import WithJsonSchema
 
 from .. import aio
-from .._cancel import CancelToken, Cause
-from .._model import Model
+from ..cancel import CancelToken, Cause
 from ..engine import Engine, RequestView
+from ..llama import Model
 from .disconnect import watched
 from .errors import NO_RETRY, ApiError, cancelled, time_over
 from .openai.templates import ChatTemplate, TemplateFailed

@@ -10,7 +10,7 @@ from typing import TypeVar
 import anyio
 import anyio.to_thread
 
-from .._cancel import CancelToken
+from ..cancel import CancelToken
 from ..engine import LONG_TEXT
 from ..errors import DecodeCancelled
 from .service import Group

@@ -14,8 +14,8 @@ import numpy as np
 
 import llamacancel as lc
 
-from ..._params import default_threads
 from ...conformance.lanes import Lane
+from ...llama import default_threads
 from .show import Progress, check, named, say, text_lanes
 
 __all__ = ["TEXT", "load", "made", "show_decode"]

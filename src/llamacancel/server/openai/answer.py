@@ -17,9 +17,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ... import aio
-from ..._sampler import Sampler
 from ...engine import LONG_TEXT, Piece
 from ...errors import ClosedError, DecodeCancelled, QueueFullError
+from ...llama import Sampler
 from ..errors import ApiError, cancelled, time_over
 from ..service import Group, Service
 from ..sse import DONE, EventStream, event, json_of

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from ..._cancel import CancelToken
+from ...cancel import CancelToken
 from ...engine import Piece, TokenInfo
 from ..bodies import body_of, described
 from ..errors import ERRORS, GENERATION_ERRORS, ApiError

@@ -7,10 +7,9 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..._cancel import CancelToken
-from ..._model import Model
-from ..._sampler import Sampler
+from ...cancel import CancelToken
 from ...engine import LONG_TEXT, Engine
+from ...llama import Model, Sampler
 from ..errors import ApiError
 from ..service import Group
 from ..threads import under_token

@@ -13,8 +13,8 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..._cancel import CancelToken
-from ..._model import Model
+from ...cancel import CancelToken
+from ...llama import Model
 
 __all__ = ["CHATML", "ChatTemplate", "TemplateFailed", "chat_tokens"]
 

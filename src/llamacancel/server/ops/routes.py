@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Request
 from starlette.responses import JSONResponse, Response
 
-from ..._cancel import CancelToken
+from ...cancel import CancelToken
 from ...engine import LONG_TEXT
 from ..bodies import body_of, described
 from ..errors import ERRORS, TOKEN_ERRORS, ApiError, ErrorBody
