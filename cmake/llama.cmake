@@ -28,7 +28,7 @@ set(LLAMA_OPENSSL OFF CACHE BOOL "" FORCE)
 set(GGML_RPC ON CACHE BOOL "models split over worker processes")
 set(GGML_RPC_RDMA OFF CACHE BOOL "RPC over RDMA, which needs libibverbs on every machine that runs the library")
 
-# An assertion of ggml's that fails on our thread is turned into an exception (see _native/process/guard.cpp),
+# An assertion of ggml's that fails on our thread is turned into an exception (see _native/process/assertions.cpp),
 # which has to pass through ggml's C frames.
 if(NOT MSVC)
     add_compile_options($<$<COMPILE_LANGUAGE:C>:-fexceptions>)

@@ -8,7 +8,7 @@
 #include "fake_clock.hpp"
 
 using namespace llamacancel;
-using Ptr = TokenState::Ptr;
+using Ptr = TokenCore::Ptr;
 
 // Four tokens, each of which speaks for some rows.
 struct Rows {
@@ -16,7 +16,7 @@ struct Rows {
     std::vector<Call::Watch> watches;
     Rows() {
         for (int i = 0; i < 4; ++i) {
-            tokens.push_back(TokenState::make());
+            tokens.push_back(TokenCore::make());
             watches.push_back({tokens.back()});
         }
     }
@@ -40,7 +40,7 @@ TEST("a call without tokens goes on") {
 }
 
 TEST("a call stops when its token is cancelled") {
-    const Ptr token = TokenState::make();
+    const Ptr token = TokenCore::make();
     Call call(token);
     CHECK(!call.should_stop());
     CHECK(!call.stopped());
@@ -52,13 +52,13 @@ TEST("a call stops when its token is cancelled") {
 }
 
 TEST("a call given a cancelled token stops before it starts") {
-    const Ptr token = TokenState::make();
+    const Ptr token = TokenCore::make();
     token->cancel(Cause::Client, "");
     CHECK(Call(token).should_stop());
 }
 
 TEST("a call stops at its token's deadline") {
-    const Ptr token = TokenState::make(fake_time + 100);
+    const Ptr token = TokenCore::make(fake_time + 100);
     Call call(token);
     CHECK(!call.should_stop());
     advance(100);
@@ -196,7 +196,7 @@ TEST("the interrupt hook is asked once an interval") {
 
 TEST("an interrupt stops the call for good, and the hook is asked no more") {
     std::pair<int, bool> hook{0, true};
-    const Ptr token = TokenState::make();
+    const Ptr token = TokenCore::make();
     Call call(token);
     call.set_interrupt(answer, &hook);
     CHECK(!call.should_stop());
@@ -212,7 +212,7 @@ TEST("an interrupt stops the call for good, and the hook is asked no more") {
 }
 
 TEST("a call that was stopped asks its tokens no more") {
-    const Ptr token = TokenState::make(fake_time + 10);
+    const Ptr token = TokenCore::make(fake_time + 10);
     Call call(token);
     advance(10);
     CHECK(call.should_stop());
@@ -224,7 +224,7 @@ TEST("a call that was stopped asks its tokens no more") {
 TEST("a slot without a call says go on") {
     CallSlot slot;
     CHECK(!CallSlot::trampoline(&slot));
-    const Ptr token = TokenState::make();
+    const Ptr token = TokenCore::make();
     token->cancel(Cause::Client, "");
     {
         Call call(token);
@@ -236,8 +236,8 @@ TEST("a slot without a call says go on") {
 
 TEST("the token of an earlier call cannot stop the next") {
     CallSlot slot;
-    const Ptr first = TokenState::make();
-    const Ptr second = TokenState::make();
+    const Ptr first = TokenCore::make();
+    const Ptr second = TokenCore::make();
     {
         Call call(first);
         const CallSlot::Armed armed(slot, call);
@@ -259,8 +259,8 @@ TEST("the token of an earlier call cannot stop the next") {
 TEST("calls end by their own tokens only while others cancel") {
     CallSlot slot;
     for (int round = 0; round < 300; ++round) {
-        const Ptr stale = TokenState::make();
-        const Ptr current = TokenState::make();
+        const Ptr stale = TokenCore::make();
+        const Ptr current = TokenCore::make();
         const bool stop = round % 2;
         {
             Call call(stale);

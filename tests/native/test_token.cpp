@@ -8,12 +8,12 @@
 #include <vector>
 
 #include "allocations.hpp"
+#include "cancel/token.hpp"
 #include "check.hpp"
 #include "fake_clock.hpp"
-#include "cancel/token.hpp"
 
 using namespace llamacancel;
-using Ptr = TokenState::Ptr;
+using Ptr = TokenCore::Ptr;
 
 static void count(void * counter) noexcept { static_cast<std::atomic<int> *>(counter)->fetch_add(1); }
 
@@ -34,7 +34,7 @@ static int rounds(int n) {
 }
 
 TEST("a new token is live, and stays so without a deadline") {
-    const Ptr token = TokenState::make();
+    const Ptr token = TokenCore::make();
     CHECK(!token->poll());
     advance(1'000'000'000'000);
     CHECK(!token->poll());
@@ -42,7 +42,7 @@ TEST("a new token is live, and stays so without a deadline") {
 }
 
 TEST("the first cancel wins and says when") {
-    const Ptr token = TokenState::make();
+    const Ptr token = TokenCore::make();
     const int64_t at = fake_time;
     CHECK(token->cancel(Cause::Shutdown, "closing"));
     advance(50);
@@ -53,8 +53,8 @@ TEST("the first cancel wins and says when") {
 }
 
 TEST("a late cancel is inert") {
-    const Ptr token = TokenState::make();
-    const Ptr child = TokenState::derive({token});
+    const Ptr token = TokenCore::make();
+    const Ptr child = TokenCore::derive({token});
     CHECK(token->cancel(Cause::Client, "first"));
     CHECK(!token->cancel(Cause::Interrupt, "second"));
     CHECK(!child->cancel(Cause::Interrupt, "third"));
@@ -65,7 +65,7 @@ TEST("a late cancel is inert") {
 
 TEST("of many cancels at once exactly one is the first") {
     for (int round = 0; round < rounds(200); ++round) {
-        const Ptr token = TokenState::make();
+        const Ptr token = TokenCore::make();
         std::atomic<int> firsts{0};
         std::atomic<int> winner{-1};
         in_threads(4, [&](int i) {
@@ -81,9 +81,9 @@ TEST("of many cancels at once exactly one is the first") {
 }
 
 TEST("a cancel travels down") {
-    const Ptr root = TokenState::make();
-    const Ptr child = TokenState::derive({root});
-    const Ptr grandchild = TokenState::derive({child});
+    const Ptr root = TokenCore::make();
+    const Ptr child = TokenCore::derive({root});
+    const Ptr grandchild = TokenCore::derive({child});
     CHECK(root->cancel(Cause::Client, "gone"));
     CHECK(child->poll());
     CHECK(grandchild->poll());
@@ -93,10 +93,10 @@ TEST("a cancel travels down") {
 }
 
 TEST("a cancel never travels up or across") {
-    const Ptr root = TokenState::make();
-    const Ptr left = TokenState::derive({root});
-    const Ptr right = TokenState::derive({root});
-    const Ptr below = TokenState::derive({left});
+    const Ptr root = TokenCore::make();
+    const Ptr left = TokenCore::derive({root});
+    const Ptr right = TokenCore::derive({root});
+    const Ptr below = TokenCore::derive({left});
     CHECK(left->cancel(Cause::Client, ""));
     CHECK(below->poll());
     CHECK(!root->poll());
@@ -104,9 +104,9 @@ TEST("a cancel never travels up or across") {
 }
 
 TEST("a cancel reaches below a token that everybody has let go of") {
-    const Ptr root = TokenState::make();
-    Ptr middle = TokenState::derive({root});
-    const Ptr leaf = TokenState::derive({middle});
+    const Ptr root = TokenCore::make();
+    Ptr middle = TokenCore::derive({root});
+    const Ptr leaf = TokenCore::derive({middle});
     middle.reset();
     CHECK(root->cancel(Cause::Client, "gone"));
     CHECK(leaf->poll());
@@ -114,9 +114,9 @@ TEST("a cancel reaches below a token that everybody has let go of") {
 }
 
 TEST("a child of a cancelled token is born cancelled") {
-    const Ptr root = TokenState::make();
+    const Ptr root = TokenCore::make();
     root->cancel(Cause::Interrupt, "^C");
-    const Ptr child = TokenState::derive({root});
+    const Ptr child = TokenCore::derive({root});
     CHECK(child->poll());
     CHECK(child->verdict().cause == Cause::Interrupt);
     CHECK(child->verdict().reason == "^C");
@@ -125,7 +125,7 @@ TEST("a child of a cancelled token is born cancelled") {
 
 TEST("a token derived while its parent is cancelled is cancelled") {
     for (int round = 0; round < rounds(300); ++round) {
-        const Ptr root = TokenState::make();
+        const Ptr root = TokenCore::make();
         std::vector<Ptr> children(60);
         in_threads(3, [&](int i) {
             if (i == 0) {
@@ -134,7 +134,7 @@ TEST("a token derived while its parent is cancelled is cancelled") {
             }
             for (int n = 0; n < 30; ++n) {
                 Ptr & child = children[(i - 1) * 30 + n];
-                child = TokenState::derive({n % 2 && n > 1 ? children[(i - 1) * 30 + n - 1] : root});
+                child = TokenCore::derive({n % 2 && n > 1 ? children[(i - 1) * 30 + n - 1] : root});
             }
         });
         for (const Ptr & child : children) {
@@ -147,18 +147,18 @@ TEST("a token derived while its parent is cancelled is cancelled") {
 TEST("a cancel reaches the end of a chain of 100,000, and the chain dies, without recursion") {
     const long before = allocated;
     {
-        const Ptr root = TokenState::make();
+        const Ptr root = TokenCore::make();
         Ptr leaf = root;
         for (int i = 0; i < 100'000; ++i) {
-            leaf = TokenState::derive({leaf});
+            leaf = TokenCore::derive({leaf});
         }
         CHECK(!leaf->poll());
         root->cancel(Cause::Client, "deep");
         CHECK(leaf->poll());
         CHECK(leaf->verdict().reason == "deep");
-        Ptr live = TokenState::make();
+        Ptr live = TokenCore::make();
         for (int i = 0; i < 100'000; ++i) {
-            live = TokenState::derive({live, live});
+            live = TokenCore::derive({live, live});
         }
     }
     CHECK(allocated == before);
@@ -167,9 +167,9 @@ TEST("a cancel reaches the end of a chain of 100,000, and the chain dies, withou
 TEST("a chain cancelled from below dies without recursion") {
     const long before = allocated;
     {
-        std::vector<Ptr> chain{TokenState::make()};
+        std::vector<Ptr> chain{TokenCore::make()};
         for (int i = 0; i < 100'000; ++i) {
-            chain.push_back(TokenState::derive({chain.back()}));
+            chain.push_back(TokenCore::derive({chain.back()}));
         }
         for (auto token = chain.rbegin(); token != chain.rend(); ++token) {
             CHECK((*token)->cancel(Cause::Client, ""));
@@ -181,11 +181,11 @@ TEST("a chain cancelled from below dies without recursion") {
 }
 
 TEST("a cancel reaches each of 10,000 children and theirs") {
-    const Ptr root = TokenState::make();
+    const Ptr root = TokenCore::make();
     std::vector<Ptr> tokens;
     for (int i = 0; i < 10'000; ++i) {
-        tokens.push_back(TokenState::derive({root}));
-        tokens.push_back(TokenState::derive({tokens.back()}));
+        tokens.push_back(TokenCore::derive({root}));
+        tokens.push_back(TokenCore::derive({tokens.back()}));
     }
     root->cancel(Cause::Client, "wide");
     for (const Ptr & token : tokens) {
@@ -195,11 +195,11 @@ TEST("a cancel reaches each of 10,000 children and theirs") {
 }
 
 TEST("a poll reads the clock once where there is a deadline, and not otherwise, at any depth") {
-    Ptr plain = TokenState::make();
-    Ptr timed = TokenState::make(fake_time + 1'000'000);
+    Ptr plain = TokenCore::make();
+    Ptr timed = TokenCore::make(fake_time + 1'000'000);
     for (int i = 0; i < 1'000; ++i) {
-        plain = TokenState::derive({plain});
-        timed = TokenState::derive({timed});
+        plain = TokenCore::derive({plain});
+        timed = TokenCore::derive({timed});
     }
     int64_t reads = clock_reads;
     CHECK(!plain->poll());
@@ -214,9 +214,9 @@ TEST("a poll reads the clock once where there is a deadline, and not otherwise, 
 
 TEST("any_of is cancelled by each of its tokens and reaches none of them") {
     for (int which = 0; which < 3; ++which) {
-        const std::vector<Ptr> parents{TokenState::make(), TokenState::make(), TokenState::make()};
-        const Ptr any = TokenState::derive(parents);
-        const Ptr below = TokenState::derive({any});
+        const std::vector<Ptr> parents{TokenCore::make(), TokenCore::make(), TokenCore::make()};
+        const Ptr any = TokenCore::derive(parents);
+        const Ptr below = TokenCore::derive({any});
         CHECK(!any->poll());
         parents[which]->cancel(Cause::Shutdown, std::to_string(which));
         CHECK(below->poll());
@@ -226,16 +226,16 @@ TEST("any_of is cancelled by each of its tokens and reaches none of them") {
             CHECK(parents[other]->poll() == (other == which));
         }
     }
-    const Ptr parent = TokenState::make();
-    const Ptr any = TokenState::derive({parent, parent});
+    const Ptr parent = TokenCore::make();
+    const Ptr any = TokenCore::derive({parent, parent});
     any->cancel(Cause::Client, "");
     CHECK(!parent->poll());
-    CHECK(!TokenState::derive({parent, parent})->poll());
+    CHECK(!TokenCore::derive({parent, parent})->poll());
 }
 
 TEST("a deadline cancels the token at its time") {
     const int64_t deadline = fake_time + 100;
-    const Ptr token = TokenState::make(deadline);
+    const Ptr token = TokenCore::make(deadline);
     advance(99);
     CHECK(!token->poll());
     advance(1);
@@ -249,7 +249,7 @@ TEST("a deadline cancels the token at its time") {
 }
 
 TEST("a cancel before the deadline stays the cause") {
-    const Ptr token = TokenState::make(fake_time + 100);
+    const Ptr token = TokenCore::make(fake_time + 100);
     CHECK(token->cancel(Cause::Client, "early"));
     advance(1'000);
     CHECK(token->verdict().cause == Cause::Client);
@@ -257,9 +257,9 @@ TEST("a cancel before the deadline stays the cause") {
 
 TEST("a child has the earlier of its own and its parent's deadline") {
     const int64_t now = fake_time;
-    const Ptr parent = TokenState::make(now + 100);
-    const Ptr shorter = TokenState::derive({parent}, now + 50);
-    const Ptr longer = TokenState::derive({parent}, now + 500);
+    const Ptr parent = TokenCore::make(now + 100);
+    const Ptr shorter = TokenCore::derive({parent}, now + 50);
+    const Ptr longer = TokenCore::derive({parent}, now + 500);
     CHECK(shorter->deadline_ns() == now + 50);
     CHECK(longer->deadline_ns() == now + 100);
     advance(50);
@@ -274,10 +274,10 @@ TEST("a child has the earlier of its own and its parent's deadline") {
 
 TEST("any_of has the earliest deadline of its tokens") {
     const int64_t now = fake_time;
-    const Ptr never = TokenState::make();
-    const Ptr later = TokenState::make(now + 500);
-    const Ptr sooner = TokenState::make(now + 100);
-    const Ptr any = TokenState::derive({never, later, sooner});
+    const Ptr never = TokenCore::make();
+    const Ptr later = TokenCore::make(now + 500);
+    const Ptr sooner = TokenCore::make(now + 100);
+    const Ptr any = TokenCore::derive({never, later, sooner});
     CHECK(any->deadline_ns() == now + 100);
     advance(100);
     CHECK(any->poll());
@@ -286,8 +286,8 @@ TEST("any_of has the earliest deadline of its tokens") {
 }
 
 TEST("a child whose deadline passed before its parent's cancel says deadline") {
-    const Ptr parent = TokenState::make();
-    const Ptr child = TokenState::derive({parent}, fake_time + 10);
+    const Ptr parent = TokenCore::make();
+    const Ptr child = TokenCore::derive({parent}, fake_time + 10);
     advance(20);
     parent->cancel(Cause::Client, "later");
     CHECK(child->poll());
@@ -295,14 +295,14 @@ TEST("a child whose deadline passed before its parent's cancel says deadline") {
 }
 
 TEST("a token with a deadline in the past is born cancelled") {
-    CHECK(TokenState::make(fake_time)->poll());
-    CHECK(TokenState::derive({TokenState::make()}, 0)->poll());
+    CHECK(TokenCore::make(fake_time)->poll());
+    CHECK(TokenCore::derive({TokenCore::make()}, 0)->poll());
 }
 
 TEST("a callback runs once, at the cancel") {
     std::atomic<int> runs{0};
-    const Ptr root = TokenState::make();
-    const Ptr child = TokenState::derive({root});
+    const Ptr root = TokenCore::make();
+    const Ptr child = TokenCore::derive({root});
     CHECK(root->add_callback(count, &runs) != 0);
     CHECK(child->add_callback(count, &runs) != 0);
     CHECK(runs == 0);
@@ -318,9 +318,9 @@ TEST("a callback sees every descendant cancelled") {
         std::vector<Ptr> tokens;
         std::atomic<int> cancelled{0};
     } sight;
-    const Ptr root = TokenState::make();
+    const Ptr root = TokenCore::make();
     for (int i = 0; i < 10; ++i) {
-        sight.tokens.push_back(TokenState::derive({i ? sight.tokens.back() : root}));
+        sight.tokens.push_back(TokenCore::derive({i ? sight.tokens.back() : root}));
     }
     root->add_callback(
         [](void * data) noexcept {
@@ -335,13 +335,13 @@ TEST("a callback sees every descendant cancelled") {
 
 TEST("a callback may derive, cancel, poll and drop its own token") {
     struct Args {
-        Ptr token = TokenState::make();
-        Ptr other = TokenState::make();
+        Ptr token = TokenCore::make();
+        Ptr other = TokenCore::make();
     } mine;
     mine.token->add_callback(
         [](void * data) noexcept {
             Args & args = *static_cast<Args *>(data);
-            CHECK(TokenState::derive({args.token})->poll());
+            CHECK(TokenCore::derive({args.token})->poll());
             CHECK(!args.token->cancel(Cause::Client, "again"));
             CHECK(args.token->add_callback(count, nullptr) == 0);
             args.other->cancel(Cause::Client, args.token->verdict().reason);
@@ -354,15 +354,15 @@ TEST("a callback may derive, cancel, poll and drop its own token") {
 }
 
 TEST("a callback on a cancelled token is refused") {
-    const Ptr token = TokenState::make();
+    const Ptr token = TokenCore::make();
     token->cancel(Cause::Client, "");
     CHECK(token->add_callback(count, nullptr) == 0);
-    CHECK(TokenState::derive({token})->add_callback(count, nullptr) == 0);
+    CHECK(TokenCore::derive({token})->add_callback(count, nullptr) == 0);
 }
 
 TEST("a removed callback does not run") {
     std::atomic<int> runs{0};
-    const Ptr token = TokenState::make();
+    const Ptr token = TokenCore::make();
     const uint64_t id = token->add_callback(count, &runs);
     const uint64_t kept = token->add_callback(count, &runs);
     CHECK(token->remove_callback(id));
@@ -375,7 +375,7 @@ TEST("a removed callback does not run") {
 
 TEST("after a deadline callbacks wait for run_callbacks") {
     std::atomic<int> runs{0};
-    const Ptr token = TokenState::make(fake_time + 10);
+    const Ptr token = TokenCore::make(fake_time + 10);
     CHECK(token->add_callback(count, &runs) != 0);
     advance(10);
     CHECK(token->poll());
@@ -388,8 +388,8 @@ TEST("a callback runs exactly once or is removed, whoever races") {
     for (int round = 0; round < rounds(500); ++round) {
         std::atomic<int> runs{0};
         std::atomic<int> removed{0};
-        const Ptr root = TokenState::make();
-        const Ptr token = TokenState::derive({root});
+        const Ptr root = TokenCore::make();
+        const Ptr token = TokenCore::derive({root});
         const uint64_t id = token->add_callback(count, &runs);
         in_threads(4, [&](int i) {
             if (i == 0) {
@@ -408,7 +408,7 @@ TEST("a callback added during a cancel runs or is refused") {
     for (int round = 0; round < rounds(500); ++round) {
         std::atomic<int> runs{0};
         std::atomic<int> refused{0};
-        const Ptr token = TokenState::make();
+        const Ptr token = TokenCore::make();
         in_threads(3, [&](int i) {
             if (i == 0) {
                 token->cancel(Cause::Client, "");
@@ -422,8 +422,8 @@ TEST("a callback added during a cancel runs or is refused") {
 
 TEST("children may die during a cancel") {
     for (int round = 0; round < rounds(200); ++round) {
-        const Ptr left = TokenState::make();
-        const Ptr right = TokenState::make();
+        const Ptr left = TokenCore::make();
+        const Ptr right = TokenCore::make();
         in_threads(4, [&](int i) {
             if (i == 0) {
                 left->cancel(Cause::Client, "left");
@@ -431,8 +431,8 @@ TEST("children may die during a cancel") {
                 right->cancel(Cause::Client, "right");
             } else {
                 for (int n = 0; n < 40; ++n) {
-                    Ptr any = TokenState::derive({left, right, left});
-                    Ptr below = TokenState::derive({any});
+                    Ptr any = TokenCore::derive({left, right, left});
+                    Ptr below = TokenCore::derive({any});
                     any.reset();
                     if (below->poll()) {
                         CHECK(!below->verdict().reason.empty());
@@ -444,17 +444,17 @@ TEST("children may die during a cancel") {
 }
 
 TEST("a dropped token frees its links and lets its parents go") {
-    const Ptr root = TokenState::make();
+    const Ptr root = TokenCore::make();
     const long before = allocated;
     for (int i = 0; i < 1'000; ++i) {
-        Ptr child = TokenState::derive({root});
-        const Ptr grandchild = TokenState::derive({child, root});
+        Ptr child = TokenCore::derive({root});
+        const Ptr grandchild = TokenCore::derive({child, root});
         child.reset();
     }
     CHECK(allocated == before);
     CHECK(root.use_count() == 1);
     root->cancel(Cause::Client, "");
-    std::weak_ptr<TokenState> gone = TokenState::derive({root});
+    std::weak_ptr<TokenCore> gone = TokenCore::derive({root});
     CHECK(gone.expired());
     CHECK(root.use_count() == 1);
 }
@@ -462,10 +462,10 @@ TEST("a dropped token frees its links and lets its parents go") {
 TEST("a cancelled tree is freed whole") {
     const long before = allocated;
     {
-        Ptr root = TokenState::make();
+        Ptr root = TokenCore::make();
         std::vector<Ptr> tokens{root};
         for (int i = 0; i < 500; ++i) {
-            tokens.push_back(TokenState::derive({tokens[i / 3], tokens[i / 2]}));
+            tokens.push_back(TokenCore::derive({tokens[i / 3], tokens[i / 2]}));
         }
         root->cancel(Cause::Client, "a reason that is too long for a small string to hold in place");
         root.reset();
@@ -478,8 +478,8 @@ TEST("a cancelled tree is freed whole") {
 }
 
 TEST("wait ends with the cancel, at once if it was before") {
-    const Ptr root = TokenState::make();
-    const Ptr child = TokenState::derive({root});
+    const Ptr root = TokenCore::make();
+    const Ptr child = TokenCore::derive({root});
     std::thread waiter([&] { CHECK(child->wait_until(kNever)); });
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
     root->cancel(Cause::Client, "");
@@ -489,7 +489,7 @@ TEST("wait ends with the cancel, at once if it was before") {
 }
 
 TEST("wait returns false when its time is up first") {
-    const Ptr token = TokenState::make();
+    const Ptr token = TokenCore::make();
     CHECK(!token->wait_until(0));
     std::atomic<bool> done{false};
     std::thread waiter([&] {
@@ -505,7 +505,7 @@ TEST("wait returns false when its time is up first") {
 }
 
 TEST("wait ends with the deadline") {
-    const Ptr token = TokenState::make(fake_time + 2'000'000);
+    const Ptr token = TokenCore::make(fake_time + 2'000'000);
     std::atomic<bool> done{false};
     std::thread waiter([&] {
         CHECK(token->wait_until(kNever));
@@ -526,7 +526,7 @@ TEST("eight threads derive, cancel, drop, poll, wait and call back at random") {
     };
     struct Slot {
         std::mutex mutex;
-        Ptr token = TokenState::make();
+        Ptr token = TokenCore::make();
     };
     const long before = allocated;
     {
@@ -553,9 +553,9 @@ TEST("eight threads derive, cancel, drop, poll, wait and call back at random") {
                     while (random() % 3 == 0) {
                         parents.push_back(get());
                     }
-                    put(TokenState::derive(parents, random() % 4 ? kNever : fake_time + random() % 100'000));
+                    put(TokenCore::derive(parents, random() % 4 ? kNever : fake_time + random() % 100'000));
                 } else if (what < 45) {
-                    put(TokenState::make());
+                    put(TokenCore::make());
                 } else if (what < 55) {
                     token->cancel(Cause::Client, "a reason that is too long for a small string to hold");
                     CHECK(token->poll());

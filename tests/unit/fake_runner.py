@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llamacancel.engine.scheduler import Clear, Cut, Fault, MemoryRules, Outcome, Plan, Request, Sampled
+from llamacancel.engine.scheduler import Clear, Fault, MemoryRules, Outcome, Plan, Request, Sampled, Trim
 from llamacancel.engine.scheduler.plan import Action
 from llamacancel.errors import DecodeFailedError, MemoryFullError
 
@@ -91,7 +91,7 @@ class FakeRunner:
         if isinstance(action, Clear):
             self.cells.pop(action.seq, None)
             self.peaks[action.seq] = 0
-        elif isinstance(action, Cut):
+        elif isinstance(action, Trim):
             held = self.cells[action.seq]
             assert action.length < len(held)
             assert self.rules.cut or self.peaks[action.seq] <= self.rules.window

@@ -84,6 +84,7 @@ cdef extern from "llama.h" nogil:
         double t_load_ms, t_p_eval_ms, t_eval_ms
         int32_t n_p_eval, n_eval, n_reused
 
+    void llama_backend_init()
     llama_model_params llama_model_default_params()
     llama_context_params llama_context_default_params()
     llama_sampler_chain_params llama_sampler_chain_default_params()

@@ -15,7 +15,7 @@ from libcpp.utility cimport move
 from libcpp.vector cimport vector
 
 from .._native.cancel.clock cimport kNever, now_ns
-from .._native.cancel.token cimport CCause, TokenState
+from .._native.cancel.token cimport NativeCause, TokenCore
 
 from ..errors import DeadlineExceeded, DecodeCancelled
 from .deadlines import Alarms
@@ -36,13 +36,13 @@ class Cause(enum.Enum):
     SHUTDOWN = "shutdown"  # the engine or the process closes
 
 
-cdef dict CAUSE_TO_C = {
-    Cause.CLIENT: <int> CCause.Client,
-    Cause.DEADLINE: <int> CCause.Deadline,
-    Cause.INTERRUPT: <int> CCause.Interrupt,
-    Cause.SHUTDOWN: <int> CCause.Shutdown,
+cdef dict CAUSE_TO_NATIVE = {
+    Cause.CLIENT: <int> NativeCause.Client,
+    Cause.DEADLINE: <int> NativeCause.Deadline,
+    Cause.INTERRUPT: <int> NativeCause.Interrupt,
+    Cause.SHUTDOWN: <int> NativeCause.Shutdown,
 }
-cdef dict CAUSE_FROM_C = {number: cause for cause, number in CAUSE_TO_C.items()}
+cdef dict CAUSE_FROM_NATIVE = {number: cause for cause, number in CAUSE_TO_NATIVE.items()}
 
 
 cdef extern from "Python.h":
@@ -53,22 +53,22 @@ cdef extern from *:
     """
     namespace {
 
-    // A CancelToken's entry in the callbacks of its TokenState. Whoever takes it out of there owns it: the
+    // A CancelToken's entry in the callbacks of its TokenCore. Whoever takes it out of there owns it: the
     // thread that cancels, or the CancelToken's __dealloc__.
-    struct Bell {
+    struct Listener {
         PyObject * token_ref = nullptr;  // a weak reference to the CancelToken; owned
-        Bell * next = nullptr;
+        Listener * next = nullptr;
     };
 
-    // The bells that a cancel on this thread has to ring, in order.
+    // The listeners that a cancel on this thread has to tell, in order.
     struct Due {
-        Bell * first = nullptr;
-        Bell ** end = &first;
+        Listener * first = nullptr;
+        Listener ** end = &first;
     };
     thread_local Due * due_here = nullptr;
 
-    // Rings one bell, taking the GIL. Set when the module is imported.
-    void (*ring_from_native)(Bell *) = nullptr;
+    // Tells one listener, taking the GIL. Set when the module is imported.
+    void (*tell_from_native)(Listener *) = nullptr;
 
     bool finalizing() noexcept {
     #if PY_VERSION_HEX >= 0x030D0000
@@ -79,68 +79,68 @@ cdef extern from *:
     }
 
     // The core calls this in the middle of its noexcept frames. A daemon thread that asks for the GIL while
-    // the interpreter exits is unwound by force, which would end the process there: so the bells of a
-    // cancel from Python are only collected here, and rung when the core has returned.
+    // the interpreter exits is unwound by force, which would end the process there: so the listeners of a
+    // cancel from Python are only collected here, and told when the core has returned.
     void on_cancel(void * arg) noexcept {
-        Bell * const bell = static_cast<Bell *>(arg);
+        Listener * const listener = static_cast<Listener *>(arg);
         if (due_here) {
-            *due_here->end = bell;
-            due_here->end = &bell->next;
+            *due_here->end = listener;
+            due_here->end = &listener->next;
         } else if (Py_IsInitialized() && !finalizing()) {
-            ring_from_native(bell);
+            tell_from_native(listener);
         }
     }
 
-    bool cancel_collecting(llamacancel::TokenState & token, llamacancel::Cause cause, std::string reason,
-                           Bell *& bells) noexcept {
+    bool cancel_collecting(llamacancel::TokenCore & token, llamacancel::Cause cause, std::string reason,
+                           Listener *& listeners) noexcept {
         Due due;
         due_here = &due;
         const bool first = token.cancel(cause, std::move(reason));
         due_here = nullptr;
-        bells = due.first;
+        listeners = due.first;
         return first;
     }
 
-    void run_collecting(llamacancel::TokenState & token, Bell *& bells) noexcept {
+    void run_collecting(llamacancel::TokenCore & token, Listener *& listeners) noexcept {
         Due due;
         due_here = &due;
         token.run_callbacks();
         due_here = nullptr;
-        bells = due.first;
+        listeners = due.first;
     }
 
     }  // namespace
     """
-    cppclass Bell:
-        Bell() except +
+    cppclass Listener:
+        Listener() except +
         PyObject * token_ref
-        Bell * next
+        Listener * next
 
-    void (*ring_from_native)(Bell *) noexcept
+    void (*tell_from_native)(Listener *) noexcept
     void on_cancel(void * arg) noexcept nogil
-    bint cancel_collecting(TokenState & token, CCause cause, string reason, Bell *& bells) noexcept nogil
-    void run_collecting(TokenState & token, Bell *& bells) noexcept nogil
+    bint cancel_collecting(TokenCore & token, NativeCause cause, string reason, Listener *& listeners) noexcept nogil
+    void run_collecting(TokenCore & token, Listener *& listeners) noexcept nogil
 
 
-cdef void ring_bells(Bell * bell) noexcept:
-    cdef Bell * following
-    while bell != NULL:
-        following = bell.next
-        reference = <object> bell.token_ref
-        free_bell(bell)
+cdef void tell(Listener * listener) noexcept:
+    cdef Listener * following
+    while listener != NULL:
+        following = listener.next
+        reference = <object> listener.token_ref
+        free_listener(listener)
         token = reference()
         if token is not None:
             (<CancelToken> token).run_callbacks()
-        bell = following
+        listener = following
 
 
-cdef void ring_bells_taking_gil(Bell * bell) noexcept with gil:
-    ring_bells(bell)
+cdef void tell_taking_gil(Listener * listener) noexcept with gil:
+    tell(listener)
 
 
-cdef void free_bell(Bell * bell) noexcept:
-    Py_DECREF(<object> bell.token_ref)
-    del bell
+cdef void free_listener(Listener * listener) noexcept:
+    Py_DECREF(<object> listener.token_ref)
+    del listener
 
 
 cdef void call_and_report(object fn) noexcept:
@@ -156,16 +156,16 @@ cdef void call_and_report(object fn) noexcept:
 
 def ring_deadline(CancelToken token not None):
     """Runs the callbacks of a token whose deadline has passed; false if it has not. For the deadline thread."""
-    cdef Bell * bells = NULL
-    if not token.state.get().poll():
+    cdef Listener * listeners = NULL
+    if not token.core.get().poll():
         return False
     with nogil:
-        run_collecting(token.state.get()[0], bells)
-    ring_bells(bells)
+        run_collecting(token.core.get()[0], listeners)
+    tell(listeners)
     return True
 
 
-ring_from_native = ring_bells_taking_gil
+tell_from_native = tell_taking_gil
 alarms = Alarms(ring_deadline)
 
 
@@ -210,18 +210,18 @@ cdef int64_t earliest_ns(object timeout, object deadline) except -1:
     return min(from_timeout, from_deadline)
 
 
-cdef CancelToken wrap(shared_ptr[TokenState] state):
+cdef CancelToken wrap(shared_ptr[TokenCore] core):
     cdef CancelToken token = CancelToken.__new__(CancelToken)
-    token.state = move(state)
+    token.core = move(core)
     return token
 
 
-cdef shared_ptr[TokenState] state_of(object token) except *:
+cdef shared_ptr[TokenCore] core_of(object token) except *:
     if token is None:
-        return shared_ptr[TokenState]()
+        return shared_ptr[TokenCore]()
     if not isinstance(token, CancelToken):
         raise TypeError(f"token must be a CancelToken or None, not {type(token).__name__}")
-    return (<CancelToken> token).state
+    return (<CancelToken> token).core
 
 
 @cython.final
@@ -243,17 +243,17 @@ cdef class CancelToken:
     """
 
     def __cinit__(self, timeout=None, deadline=None):
-        self.state = TokenState.make(earliest_ns(timeout, deadline))
+        self.core = TokenCore.make(earliest_ns(timeout, deadline))
 
     def __dealloc__(self):
-        # By now the weak references are cleared: a thread that rings the bell meanwhile finds nobody.
+        # By now the weak references are cleared: a thread that tells the listener meanwhile finds nobody.
         cdef bint ours = False
         with nogil:
-            if self.bell_id != 0:
-                ours = self.state.get().remove_callback(self.bell_id)
-            self.state.reset()
+            if self.listener_id != 0:
+                ours = self.core.get().remove_callback(self.listener_id)
+            self.core.reset()
         if ours:
-            free_bell(<Bell *> self.bell)
+            free_listener(<Listener *> self.listener)
 
     def cancel(self, reason="", *, cause=Cause.CLIENT):
         """Cancels the token and those derived from it. May be called from any thread.
@@ -275,50 +275,50 @@ cdef class CancelToken:
             raise TypeError(f"reason must be a str, not {type(reason).__name__}")
         if not isinstance(cause, Cause):
             raise TypeError(f"cause must be a Cause, not {type(cause).__name__}")
-        cdef CCause number = <CCause> <int> CAUSE_TO_C[cause]
+        cdef NativeCause number = <NativeCause> <int> CAUSE_TO_NATIVE[cause]
         cdef string text = reason.encode("utf-8", "surrogatepass")
-        cdef Bell * bells = NULL
+        cdef Listener * listeners = NULL
         cdef bint first
         with nogil:
-            first = cancel_collecting(self.state.get()[0], number, move(text), bells)
-        ring_bells(bells)
+            first = cancel_collecting(self.core.get()[0], number, move(text), listeners)
+        tell(listeners)
         return first
 
     @property
     def cancelled(self):
         """True once the token is cancelled or its deadline has passed. Takes no lock."""
-        return self.state.get().poll()
+        return self.core.get().poll()
 
     @property
     def cause(self):
         """The `Cause`, or None while the token is live."""
-        if not self.state.get().poll():
+        if not self.core.get().poll():
             return None
-        return CAUSE_FROM_C[<int> self.state.get().verdict().cause]
+        return CAUSE_FROM_NATIVE[<int> self.core.get().verdict().cause]
 
     @property
     def reason(self):
         """The text given to `cancel()`, "" if there was none, or None while the token is live."""
-        if not self.state.get().poll():
+        if not self.core.get().poll():
             return None
-        return (<bytes> self.state.get().verdict().reason).decode("utf-8", "surrogatepass")
+        return (<bytes> self.core.get().verdict().reason).decode("utf-8", "surrogatepass")
 
     @property
     def cancelled_at(self):
         """When `cancel()` was called or which deadline passed, in `time.monotonic()` seconds; None while live."""
-        if not self.state.get().poll():
+        if not self.core.get().poll():
             return None
-        return self.state.get().verdict().at_ns / NS_PER_S
+        return self.core.get().verdict().at_ns / NS_PER_S
 
     @property
     def deadline(self):
         """The deadline in `time.monotonic()` seconds, its own or one it was derived under; None without one."""
-        cdef int64_t deadline = self.state.get().deadline_ns()
+        cdef int64_t deadline = self.core.get().deadline_ns()
         return None if deadline == kNever else deadline / NS_PER_S
 
     def remaining(self):
         """Seconds left until the deadline, 0.0 once it has passed; None without one."""
-        cdef int64_t deadline = self.state.get().deadline_ns()
+        cdef int64_t deadline = self.core.get().deadline_ns()
         return None if deadline == kNever else max(deadline - now_ns(), 0) / NS_PER_S
 
     def child(self, timeout=None, deadline=None):
@@ -335,9 +335,9 @@ cdef class CancelToken:
             TypeError: `timeout` or `deadline` is not a number.
             ValueError: `timeout` or `deadline` is NaN.
         """
-        cdef vector[shared_ptr[TokenState]] parents
-        parents.push_back(self.state)
-        return wrap(TokenState.derive(parents, earliest_ns(timeout, deadline)))
+        cdef vector[shared_ptr[TokenCore]] parents
+        parents.push_back(self.core)
+        return wrap(TokenCore.derive(parents, earliest_ns(timeout, deadline)))
 
     @staticmethod
     def any_of(*tokens):
@@ -354,14 +354,14 @@ cdef class CancelToken:
             TypeError: One of `tokens` is not a CancelToken.
             ValueError: No tokens were given.
         """
-        cdef vector[shared_ptr[TokenState]] parents
+        cdef vector[shared_ptr[TokenCore]] parents
         if not tokens:
             raise ValueError("any_of() needs at least one token")
         for token in tokens:
             if not isinstance(token, CancelToken):
                 raise TypeError(f"any_of() takes CancelTokens, not {type(token).__name__}")
-            parents.push_back((<CancelToken> token).state)
-        return wrap(TokenState.derive(parents, kNever))
+            parents.push_back((<CancelToken> token).core)
+        return wrap(TokenCore.derive(parents, kNever))
 
     def raise_if_cancelled(self):
         """Raises if the token is cancelled; does nothing while it is live.
@@ -372,9 +372,9 @@ cdef class CancelToken:
                 seconds since then.
         """
         cdef int64_t at
-        if not self.state.get().poll():
+        if not self.core.get().poll():
             return
-        at = self.state.get().verdict().at_ns
+        at = self.core.get().verdict().at_ns
         cause, reason = self.cause, self.reason
         exception = DeadlineExceeded if cause is Cause.DEADLINE else DecodeCancelled
         text = f"cancelled: {cause.value} {reason!r}" if reason else f"cancelled: {cause.value}"
@@ -399,7 +399,7 @@ cdef class CancelToken:
         while True:
             now = now_ns()
             with nogil:
-                cancelled = self.state.get().wait_until(min(until, now + SIGNAL_INTERVAL_NS))
+                cancelled = self.core.get().wait_until(min(until, now + SIGNAL_INTERVAL_NS))
             if cancelled:
                 return True
             if now_ns() >= until:
@@ -426,8 +426,8 @@ cdef class CancelToken:
         Raises:
             TypeError: `fn` cannot be called.
         """
-        cdef Bell * bell
-        cdef uint64_t key, bell_id
+        cdef Listener * listener
+        cdef uint64_t key, listener_id
         if not callable(fn):
             raise TypeError(f"fn must be callable, not {type(fn).__name__}")
         if self.callbacks is None:
@@ -437,25 +437,25 @@ cdef class CancelToken:
         # Entered first, looked at second: a cancel that comes between is seen by at least one side, and
         # only one of them finds the entry.
         self.callbacks[key] = fn
-        if self.state.get().poll():
+        if self.core.get().poll():
             if self.callbacks.pop(key, None) is not None:
                 call_and_report(fn)
-        elif self.bell == NULL:
-            bell = new Bell()
+        elif self.listener == NULL:
+            listener = new Listener()
             reference = weakref.ref(self)
             Py_INCREF(reference)
-            bell.token_ref = <PyObject *> reference
-            self.bell = bell
+            listener.token_ref = <PyObject *> reference
+            self.listener = listener
             with nogil:
-                bell_id = self.state.get().add_callback(on_cancel, bell)
-            if bell_id == 0:
-                free_bell(bell)
+                listener_id = self.core.get().add_callback(on_cancel, listener)
+            if listener_id == 0:
+                free_listener(listener)
                 self.run_callbacks()
             else:
-                self.bell_id = bell_id
-                if self.state.get().deadline_ns() != kNever:
+                self.listener_id = listener_id
+                if self.core.get().deadline_ns() != kNever:
                     try:
-                        alarms.add(self, self.state.get().deadline_ns())
+                        alarms.add(self, self.core.get().deadline_ns())
                     except BaseException:  # no thread could be started
                         self.callbacks.pop(key, None)
                         raise
@@ -467,10 +467,10 @@ cdef class CancelToken:
             call_and_report(callbacks.pop(next(iter(callbacks))))
 
     def __repr__(self):
-        if self.state.get().poll():
+        if self.core.get().poll():
             reason = self.reason
             text = f"cancelled: {self.cause.value} {reason!r}" if reason else f"cancelled: {self.cause.value}"
-        elif self.state.get().deadline_ns() == kNever:
+        elif self.core.get().deadline_ns() == kNever:
             text = "live"
         else:
             text = f"live, {self.remaining():.1f} s left"

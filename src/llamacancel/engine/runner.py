@@ -19,7 +19,7 @@ from ..errors import (
 from ..llama import Batch, Context, DecodeResult, Model, Sampler, choose_tokens
 from .embedder import Embedder
 from .generation import EmbeddingWork, GenerationWork
-from .scheduler import Clear, Copy, Cut, Fault, MemoryRules, Outcome, Plan, Request, Rows, Sampled
+from .scheduler import Clear, Copy, Fault, MemoryRules, Outcome, Plan, Request, Rows, Sampled, Trim
 from .scheduler.plan import Action
 from .work import ending_of
 
@@ -165,7 +165,7 @@ class Runner:
             self._memory.remove(action.seq)
             return
         try:
-            if isinstance(action, Cut):
+            if isinstance(action, Trim):
                 done = self._memory.remove(action.seq, action.length)
             else:
                 done = self._copy(action)

@@ -8,7 +8,7 @@ from . import _llama
 
 # llama.cpp's globals must exist once in a process. So these modules are compiled into `_llama`'s file and have none of
 # their own: each is loaded from there, by the init function of its name. Those that others build on come first.
-for _name in ("model", "result", "context", "memory", "sampler"):
+for _name in ("call", "model", "result", "context", "memory", "state", "sampler"):
     _spec = importlib.util.spec_from_file_location(f"{__name__}.{_name}", _llama.__file__)
     assert _spec is not None
     assert _spec.loader is not None
@@ -18,11 +18,12 @@ for _name in ("model", "result", "context", "memory", "sampler"):
 from ._llama import build_info, is_parked, serve_rpc
 from .batch import Batch
 from .context import Context
-from .memory import Memory, State
+from .memory import Memory
 from .model import LoraAdapter, Model
 from .params import POOLING, LatencyPlan, default_threads, integer, number
 from .result import DecodeResult
 from .sampler import Sampler, choose_tokens
+from .state import State
 
 if TYPE_CHECKING:  # names of the stubs alone
     from .context import Pooling as Pooling

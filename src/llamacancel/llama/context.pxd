@@ -5,14 +5,14 @@ from libcpp.memory cimport shared_ptr
 from .._native.cancel.call cimport Call
 from .._native.guard.context cimport ContextBox, OnCancel
 from .._native.guard.cut cimport BatchView
-from ._llama cimport Interrupt
+from .call cimport Interrupt
 from .model cimport Model
 
 
 @cython.final
 cdef class Context:
     cdef object __weakref__
-    cdef shared_ptr[ContextBox] box  # null once closed; a call in flight holds its own share
+    cdef shared_ptr[ContextBox] box  # null once closed; a call in flight holds it, too
     cdef int pid                     # the process that made it
     cdef readonly Model model        # the Python model, for its vocabulary; the native one is held by the box
     cdef tuple _lora                 # the adapters in use, kept alive

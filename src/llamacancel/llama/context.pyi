@@ -7,10 +7,11 @@ from numpy.typing import NDArray
 
 from ..cancel.token import CancelToken
 from .batch import Batch
-from .memory import Memory, State
+from .memory import Memory
 from .model import LoraAdapter, Model
 from .params import LatencyPlan
 from .result import DecodeResult
+from .state import State
 
 Pooling = Literal["none", "mean", "cls", "last", "rank"]
 RopeScaling = Literal["none", "linear", "yarn", "longrope"]

@@ -17,21 +17,21 @@ from libcpp.vector cimport vector
 from posix.unistd cimport getpid
 
 from .._native.cancel.call cimport Call, WhenShared
-from .._native.cancel.token cimport TokenState
+from .._native.cancel.token cimport TokenCore
 from .._native.guard.context cimport OnCancel, DecodeReport, shared_call, check_tokens, ContextBox
 from .._native.guard.cut cimport BatchView, GapCost, Cut
 from .._native.guard.outputs cimport Outputs, CANCELLED
 from .._native.llama cimport *
 from .._native.model.model cimport ModelBox
 from .._native.process.status cimport Status
-from ..cancel.token cimport CancelToken, state_of
-from ._llama cimport (
-    Interrupt, cause_of, check_forked, check_process, drain_log, raise_cancelled, raise_status, text_of, watch_signals)
+from ..cancel.token cimport CancelToken, core_of
+from ._llama cimport check_forked, check_process, drain_log, text_of
+from .call cimport Interrupt, cause_of, check_status, raise_cancelled, watch_signals
 from .model cimport LoraAdapter, Model
 from .result cimport outcomes_of, result_of, survivors_of, untouched
 
 from ..cancel import Cause
-from . import params as _params
+from .params import CACHE_TYPES, FLASH_ATTENTION, POOLING, ROPE_SCALING, LatencyPlan, choice, default_threads, integer, number
 from .batch import Batch
 from ..errors import (
     ClosedError,
@@ -103,58 +103,59 @@ cdef class Context:
         cdef llama_context_params params = llama_context_default_params()
         if n_ctx is None:
             n_ctx = min(model.n_ctx_train, 4096)
-        params.n_ctx = _params.integer("n_ctx", n_ctx, 1, 2**31 - 1)
-        params.n_seq_max = _params.integer("n_seq_max", n_seq_max, 1, llama_max_parallel_sequences())
-        params.n_batch = min(<uint32_t> _params.integer("n_batch", n_batch, 1, 2**31 - 1), params.n_ctx)
+        params.n_ctx = integer("n_ctx", n_ctx, 1, 2**31 - 1)
+        params.n_seq_max = integer("n_seq_max", n_seq_max, 1, llama_max_parallel_sequences())
+        params.n_batch = min(<uint32_t> integer("n_batch", n_batch, 1, 2**31 - 1), params.n_ctx)
         if params.n_batch < params.n_seq_max:
             raise ValueError(f"n_batch ({params.n_batch}) must be at least n_seq_max ({params.n_seq_max})")
         if embeddings and pooling != "none":
             # llama.cpp can pool only if n_ubatch is a multiple of the number of sequences.
             params.n_batch -= params.n_batch % params.n_seq_max
-            if n_ubatch is not None and _params.integer("n_ubatch", n_ubatch, 1, 2**31 - 1) % n_seq_max:
+            if n_ubatch is not None and integer("n_ubatch", n_ubatch, 1, 2**31 - 1) % n_seq_max:
                 raise ValueError(f"n_ubatch ({n_ubatch}) must be a multiple of n_seq_max ({n_seq_max}) for pooled "
                                  "embeddings")
-        threads = _params.default_threads() if n_threads is None else n_threads
-        params.n_threads = _params.integer("n_threads", threads, 1, 512)
+        threads = default_threads() if n_threads is None else n_threads
+        params.n_threads = integer("n_threads", threads, 1, 512)
         params.n_threads_batch = (params.n_threads if n_threads_batch is None
-                                  else <int> _params.integer("n_threads_batch", n_threads_batch, 1, 512))
+                                  else <int> integer("n_threads_batch", n_threads_batch, 1, 512))
         if model.has_encoder and model.has_decoder and n_seq_max > 1 and not kv_unified:
             raise ContextError("several sequences of a model with an encoder and a decoder need kv_unified=True")
         params.embeddings = embeddings
         if pooling is not None:
-            params.pooling_type = <llama_pooling_type> <int> _params.choice("pooling", pooling, _params.POOLING)
+            params.pooling_type = <llama_pooling_type> <int> choice("pooling", pooling, POOLING)
         params.kv_unified = kv_unified
-        params.flash_attn_type = <llama_flash_attn_type> <int> _params.choice("flash_attn", flash_attn,
-                                                                              _params.FLASH_ATTENTION)
-        params.type_k = <ggml_type> <int> _params.choice("type_k", type_k, _params.CACHE_TYPES)
-        params.type_v = <ggml_type> <int> _params.choice("type_v", type_v, _params.CACHE_TYPES)
+        params.flash_attn_type = <llama_flash_attn_type> <int> choice("flash_attn", flash_attn,
+                                                                              FLASH_ATTENTION)
+        params.type_k = <ggml_type> <int> choice("type_k", type_k, CACHE_TYPES)
+        params.type_v = <ggml_type> <int> choice("type_v", type_v, CACHE_TYPES)
         params.swa_full = swa_full
         if rope_scaling is not None:
-            params.rope_scaling_type = <llama_rope_scaling_type> <int> _params.choice("rope_scaling", rope_scaling,
-                                                                                      _params.ROPE_SCALING)
+            params.rope_scaling_type = <llama_rope_scaling_type> <int> choice("rope_scaling", rope_scaling,
+                                                                                      ROPE_SCALING)
         if rope_freq_base is not None:
-            params.rope_freq_base = _params.number("rope_freq_base", rope_freq_base, 0)
+            params.rope_freq_base = number("rope_freq_base", rope_freq_base, 0)
         if rope_freq_scale is not None:
-            params.rope_freq_scale = _params.number("rope_freq_scale", rope_freq_scale, 0)
+            params.rope_freq_scale = number("rope_freq_scale", rope_freq_scale, 0)
         if yarn_ext_factor is not None:
-            params.yarn_ext_factor = _params.number("yarn_ext_factor", yarn_ext_factor)
+            params.yarn_ext_factor = number("yarn_ext_factor", yarn_ext_factor)
         if yarn_attn_factor is not None:
-            params.yarn_attn_factor = _params.number("yarn_attn_factor", yarn_attn_factor)
+            params.yarn_attn_factor = number("yarn_attn_factor", yarn_attn_factor)
         if yarn_beta_fast is not None:
-            params.yarn_beta_fast = _params.number("yarn_beta_fast", yarn_beta_fast)
+            params.yarn_beta_fast = number("yarn_beta_fast", yarn_beta_fast)
         if yarn_beta_slow is not None:
-            params.yarn_beta_slow = _params.number("yarn_beta_slow", yarn_beta_slow)
+            params.yarn_beta_slow = number("yarn_beta_slow", yarn_beta_slow)
         if yarn_orig_ctx is not None:
-            params.yarn_orig_ctx = _params.integer("yarn_orig_ctx", yarn_orig_ctx, 0, 2**31 - 1)
+            params.yarn_orig_ctx = integer("yarn_orig_ctx", yarn_orig_ctx, 0, 2**31 - 1)
         params.offload_kqv = offload_kqv
         params.op_offload = op_offload
         params.no_perf = no_perf
         cdef double target = 0
         if cancel_latency is not None:
-            target = _params.number("cancel_latency", cancel_latency, 1e-4, 3600)
+            target = number("cancel_latency", cancel_latency, 1e-4, 3600)
 
-        cdef Call call = Call(state_of(token))
+        cdef Call call = Call(core_of(token))
         cdef Interrupt interrupt = watch_signals(call)
+        cdef string message
         cdef Status status
         cdef Cut cut
         cdef uint32_t limit = min(params.n_batch, <uint32_t> _LARGEST_UBATCH)
@@ -163,7 +164,7 @@ cdef class Context:
         one_piece = (model.memory_kind == "none" or not model_box.get().causal() or model.has_encoder
                      or (embeddings and pooling != "none"))
         if n_ubatch is not None:
-            limit = min(_params.integer("n_ubatch", n_ubatch, 1, 2**31 - 1), params.n_batch)
+            limit = min(integer("n_ubatch", n_ubatch, 1, 2**31 - 1), params.n_batch)
         elif one_piece:
             limit = params.n_batch
         cut = Cut.exactly(limit)
@@ -172,20 +173,16 @@ cdef class Context:
             with nogil:
                 status = model_box.get().gap_cost(params.n_threads_batch, call, cost)
             drain_log()
-            if status == Status.Cancelled:
-                raise_cancelled("making a context", call, interrupt)
+            check_status(status, "making a context", message, &call, interrupt)
             cut = Cut.choose(target, cost, limit) if on_cpu else Cut.for_device(target, cost, limit)
         if _n_pieces is not None:  # a seam for tests: a CPU that is stopped between pieces of a graph only
-            cut.n_pieces = _params.integer("_n_pieces", _n_pieces, 1, 2**31 - 1)
+            cut.n_pieces = integer("_n_pieces", _n_pieces, 1, 2**31 - 1)
 
-        cdef string message
         with nogil:
             status = ContextBox.make(model_box, params, cut, call, self.box, message)
         drain_log()
-        if status == Status.Cancelled:
-            raise_cancelled("making a context", call, interrupt)
-        if status != Status.Done:
-            raise ContextError(f"cannot make a context: {text_of(message) or 'llama.cpp gave no reason'}")
+        check_status(status, "making a context", message, &call, interrupt, "cannot make a context: ", ContextError,
+                     ContextError)
         self.model = model
         self._lora = ()
 
@@ -248,7 +245,7 @@ cdef class Context:
             raise_cancelled(f"{what}, waiting for the context,", call[0], interrupt, None,
                             None if batch is None else untouched(batch, token))
         if status != Status.Done:
-            raise_status(status, what, string())
+            check_status(status, what, string(), NULL, interrupt)
         if self.box != box:
             box.get().release()
             raise ClosedError("the context was closed while the call waited for it")
@@ -302,25 +299,25 @@ cdef class Context:
         cdef OnCancel keep = OnCancel.Rollback
         cdef WhenShared when = WhenShared.Finish
         if on_cancel is not _ROLLBACK:
-            keep = <OnCancel> <int> _params.choice("on_cancel", on_cancel, _ON_CANCEL)
+            keep = <OnCancel> <int> choice("on_cancel", on_cancel, _ON_CANCEL)
         if when_shared is not _FINISH:
-            when = <WhenShared> <int> _params.choice("when_shared", when_shared, _WHEN_SHARED)
+            when = <WhenShared> <int> choice("when_shared", when_shared, _WHEN_SHARED)
         cdef _View view = _view_of(batch)
-        cdef cppmap[llama_seq_id, shared_ptr[TokenState]] tokens
+        cdef cppmap[llama_seq_id, shared_ptr[TokenCore]] tokens
         cdef string problem
         cdef Call call
         if isinstance(token, dict):
             for seq_id, each in token.items():
                 if not isinstance(each, CancelToken):
                     raise TypeError(f"the token of sequence {seq_id} must be a CancelToken, not {type(each).__name__}")
-                tokens[_params.integer("a sequence id", seq_id, -2**31, 2**31 - 1)] = state_of(each)
+                tokens[integer("a sequence id", seq_id, -2**31, 2**31 - 1)] = core_of(each)
             with nogil:
                 problem = check_tokens(view.batch, tokens)
                 call = shared_call(view.batch, tokens, when, keep)
             if not problem.empty():
                 raise InvalidBatchError(text_of(problem))
         else:
-            call = Call(state_of(token))
+            call = Call(core_of(token))
         cdef Interrupt interrupt = watch_signals(call)
         cdef shared_ptr[ContextBox] box = self.box
         cdef DecodeReport report
@@ -354,7 +351,7 @@ cdef class Context:
         if report.status == Status.Done:
             return result_of(report)
         if report.status != Status.Cancelled:
-            raise_status(report.status, what, report.message, InvalidBatchError)
+            check_status(report.status, what, report.message, NULL, interrupt, "", InvalidBatchError)
         sequences = outcomes_of(report.sequences)
         error = cancelled_error(
             what, Cause.INTERRUPT if report.interrupted else cause_of(report.verdict),
@@ -399,7 +396,7 @@ cdef class Context:
         Raises:
             IndexError: If the row has no logits.
         """
-        cdef int32_t row = _params.integer("i", i, -2**31, 2**31 - 1)
+        cdef int32_t row = integer("i", i, -2**31, 2**31 - 1)
         self._acquire(NULL, None, "logits")
         try:
             data = self._logits_of(row)
@@ -428,7 +425,7 @@ cdef class Context:
         Raises:
             IndexError: If the row has no embedding.
         """
-        cdef int32_t row = _params.integer("i", i, -2**31, 2**31 - 1)
+        cdef int32_t row = integer("i", i, -2**31, 2**31 - 1)
         cdef const float * data = NULL
         self._acquire(NULL, None, "embeddings")
         try:
@@ -451,7 +448,7 @@ cdef class Context:
         Raises:
             IndexError: If there is none.
         """
-        cdef int32_t seq = _params.integer("seq_id", seq_id, 0, 2**31 - 1)
+        cdef int32_t seq = integer("seq_id", seq_id, 0, 2**31 - 1)
         self._acquire(NULL, None, "pooled_embeddings")
         try:
             if self.box.get().outputs().pooled.count(seq) == 0:
@@ -466,12 +463,14 @@ cdef class Context:
     @property
     def memory(self):
         """What the context holds of its sequences, as a `Memory`."""
-        return _Memory(self)
+        from .memory import Memory
+        return Memory(self)
 
     @property
     def state(self):
         """Saving and loading the state of sequences, as a `State`."""
-        return _State(self)
+        from .state import State
+        return State(self)
 
     @property
     def dirty_sequences(self):
@@ -489,7 +488,7 @@ cdef class Context:
 
     cdef int _check_seq(self, seq_id) except -1:
         self._check_open()
-        return _params.integer("a sequence id", seq_id, 0, llama_n_seq_max(self.box.get().get()) - 1)
+        return integer("a sequence id", seq_id, 0, llama_n_seq_max(self.box.get().get()) - 1)
 
     @property
     def latency_plan(self):
@@ -498,9 +497,9 @@ cdef class Context:
         cdef Cut cut = self.box.get().cut()
         n_pieces, of_one = cut.pieces_at(cut.n_ubatch, cut.n_ubatch), cut.pieces_at(1, cut.n_ubatch)
         if cut.target == 0:
-            return _params.LatencyPlan(None, cut.n_ubatch, cut.max_outputs, n_pieces, of_one, None, None)
+            return LatencyPlan(None, cut.n_ubatch, cut.max_outputs, n_pieces, of_one, None, None)
         gap = cut.cost.seconds + cut.cost.seconds_per_row * cut.n_ubatch
-        return _params.LatencyPlan(cut.target, cut.n_ubatch, cut.max_outputs, n_pieces, of_one, gap,
+        return LatencyPlan(cut.target, cut.n_ubatch, cut.max_outputs, n_pieces, of_one, gap,
                                    cut.cost.seconds_per_row_kv * 1000)
 
     def set_lora(self, adapters=()):
@@ -514,7 +513,7 @@ cdef class Context:
             if (<LoraAdapter> pair[0]).box != self.model.box:
                 raise ValueError(f"{pair[0]!r} belongs to another model")
             native.push_back((<LoraAdapter> pair[0]).native)
-            scales.push_back(_params.number("scale", pair[1]))
+            scales.push_back(number("scale", pair[1]))
         cdef int32_t code
         self._acquire(NULL, None, "set_lora")
         try:
@@ -529,8 +528,8 @@ cdef class Context:
     def set_threads(self, n_threads, n_threads_batch=None):
         """Use so many threads for single rows, and for more (None: the same)."""
         batch = n_threads if n_threads_batch is None else n_threads_batch
-        cdef int32_t single = _params.integer("n_threads", n_threads, 1, 512)
-        cdef int32_t many = _params.integer("n_threads_batch", batch, 1, 512)
+        cdef int32_t single = integer("n_threads", n_threads, 1, 512)
+        cdef int32_t many = integer("n_threads_batch", batch, 1, 512)
         self._acquire(NULL, None, "set_threads")
         llama_set_n_threads(self.box.get().get(), single, many)
         self.box.get().release()
@@ -598,16 +597,6 @@ cdef class Context:
     def n_threads_batch(self):
         self._check_open()
         return llama_n_threads_batch(self.box.get().get())
-
-
-cdef object _Memory = None
-cdef object _State = None
-
-
-def _register(memory, state):
-    """Called by `_memory`, which builds on this module: the classes of `Context.memory` and `Context.state`."""
-    global _Memory, _State
-    _Memory, _State = memory, state
 
 
 cdef _copy_of(const float * data, size_t n):

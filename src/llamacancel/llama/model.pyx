@@ -20,12 +20,13 @@ from .._native.llama cimport *
 from .._native.memory.memory cimport name_of
 from .._native.model.model cimport ModelBox, ProgressCallback
 from .._native.process.status cimport Status
-from ..cancel.token cimport state_of
-from ._llama cimport (
-    Interrupt, check_forked, check_process, drain_log, entered_process, raise_cancelled, text_of, watch_signals)
+from .._native.words.vocabulary cimport detokenize, piece_of, tokenize
+from ..cancel.token cimport core_of
+from ._llama cimport check_forked, check_process, drain_log, entered_process
+from .call cimport Interrupt, check_status, watch_signals
 
 from ..errors import ClosedError, LoadCancelled, ModelLoadError
-from . import params as _params
+from .params import SPLIT_MODE, choice, endpoint, integer, number
 
 cdef tuple _VOCAB_TYPES = ("none", "spm", "bpe", "wpm", "ugm", "rwkv", "plamo2", "test")  # by llama_vocab_type
 cdef tuple _TOKEN_ATTRIBUTES = (  # by the bits of llama_token_attr
@@ -39,10 +40,10 @@ cdef class _Progress:
     cdef object error
 
 
-cdef cbool _report_progress(float share, void * arg) noexcept nogil:
+cdef cbool _report_progress(float fraction, void * arg) noexcept nogil:
     with gil:
         try:
-            (<_Progress> arg).report(share)
+            (<_Progress> arg).report(fraction)
             return True
         except BaseException as error:
             (<_Progress> arg).error = error
@@ -67,7 +68,7 @@ cdef class Model:
         Args:
             path: The file.
             n_gpu_layers: Layers to keep on GPUs and RPC servers; negative for all. Ignored where there are none.
-            progress: Called with a share of 0 to 1 as the load goes on; an exception in it stops the load.
+            progress: Called with a fraction of 0 to 1 as the load goes on; an exception in it stops the load.
             token: Cancels the load. llama.cpp gives no place to look while it reads a file's description itself (some
                 0.1 s for a vocabulary of 150,000 tokens) and, with `use_mlock`, while one tensor's pages are locked.
             use_mmap, use_mlock, check_tensors, vocab_only, main_gpu, split_mode, tensor_split: As in llama.cpp.
@@ -82,24 +83,24 @@ cdef class Model:
         """
         cdef llama_model_params params = llama_model_default_params()
         cdef vector[float] split
-        params.n_gpu_layers = _params.integer("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
-        params.main_gpu = _params.integer("main_gpu", main_gpu, 0, 1024)
-        params.split_mode = <llama_split_mode> <int> _params.choice("split_mode", split_mode, _params.SPLIT_MODE)
+        params.n_gpu_layers = integer("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
+        params.main_gpu = integer("main_gpu", main_gpu, 0, 1024)
+        params.split_mode = <llama_split_mode> <int> choice("split_mode", split_mode, SPLIT_MODE)
         params.load_mode = (LLAMA_LOAD_MODE_MMAP_MLOCK if use_mmap and use_mlock else LLAMA_LOAD_MODE_MMAP if use_mmap
                             else LLAMA_LOAD_MODE_MLOCK if use_mlock else LLAMA_LOAD_MODE_NONE)
         params.check_tensors = check_tensors
         params.vocab_only = vocab_only
         if tensor_split is not None:
             split.resize(llama_max_devices())
-            for i, share in enumerate(tensor_split):
+            for i, part in enumerate(tensor_split):
                 if i >= <int> split.size():
                     raise ValueError(f"tensor_split has more than {split.size()} entries")
-                split[i] = _params.number("tensor_split", share, 0)
+                split[i] = number("tensor_split", part, 0)
             params.tensor_split = split.data()
         cdef vector[string] servers
         if isinstance(rpc_servers, (str, bytes)):
             raise TypeError(f"rpc_servers must be a sequence of \"host:port\", not {rpc_servers!r}")
-        for server in dict.fromkeys(_params.endpoint("rpc_servers", each) for each in rpc_servers):
+        for server in dict.fromkeys(endpoint("rpc_servers", each) for each in rpc_servers):
             servers.push_back(server.encode())
         if servers.size() and params.n_gpu_layers == 0:
             raise ValueError("n_gpu_layers is 0: give a number of layers for rpc_servers, or -1 for all")
@@ -108,7 +109,7 @@ cdef class Model:
 
         check_forked()
         cdef string name = os.fsencode(path)
-        cdef Call call = Call(state_of(token))
+        cdef Call call = Call(core_of(token))
         cdef Interrupt interrupt = watch_signals(call)
         cdef _Progress report = _Progress()
         report.report = progress
@@ -125,10 +126,7 @@ cdef class Model:
         drain_log()
         if report.error is not None:
             raise report.error
-        if status == Status.Cancelled:
-            raise_cancelled(f"loading {os.fspath(path)}", call, interrupt, LoadCancelled)
-        if status != Status.Done:
-            raise ModelLoadError(f"{os.fspath(path)}: {text_of(message) or 'llama.cpp could not load it'}")
+        _check_load(status, path, message, call, interrupt)
         entered_process()
         cdef Model self = Model.__new__(Model)
         self.box = move(box)
@@ -142,7 +140,7 @@ cdef class Model:
         return Context(self, **params)
 
     def close(self):
-        """Let go of the model. Contexts that are open keep their share of it until they are closed."""
+        """Let go of the model. Contexts that are open keep it until they are closed."""
         cdef shared_ptr[ModelBox] box
         if self.pid == getpid():
             self._vocabulary = None
@@ -212,14 +210,11 @@ cdef class Model:
         if data.size() > <size_t> 2**30:
             raise ValueError(f"the text has {data.size()} bytes; at most 2**30 can be tokenized at once")
         cdef shared_ptr[ModelBox] box = self.box
-        cdef Call call = Call(state_of(token))
+        cdef Call call = Call(core_of(token))
         cdef Interrupt interrupt = watch_signals(call)
         with nogil:
-            status = box.get().tokenize(data, special, parse, call, tokens, message)
-        if status == Status.Cancelled:
-            raise_cancelled("tokenize", call, interrupt)
-        if status != Status.Done:
-            raise ValueError(f"the text cannot be tokenized: {text_of(message)}")
+            status = tokenize(box.get().vocab(), data, special, parse, call, tokens, message)
+        check_status(status, "tokenize", message, &call, interrupt, "the text cannot be tokenized: ", ValueError, ValueError)
         result = np.empty(tokens.size(), np.int32)
         cdef int32_t[::1] view = result
         if tokens.size():
@@ -249,20 +244,18 @@ cdef class Model:
         cdef shared_ptr[ModelBox] box = self.box
         if n == 0:
             return ""
-        cdef Call call = Call(state_of(token))
+        cdef Call call = Call(core_of(token))
         cdef Interrupt interrupt = watch_signals(call)
         with nogil:
-            status = box.get().detokenize(data, n, remove, unparse, call, text, message)
-        if status == Status.Cancelled:
-            raise_cancelled("detokenize", call, interrupt)
-        if status != Status.Done:
-            raise ValueError(f"the tokens cannot be turned into text: {text_of(message)}")
+            status = detokenize(box.get().vocab(), data, n, remove, unparse, call, text, message)
+        check_status(status, "detokenize", message, &call, interrupt, "the tokens cannot be turned into text: ", ValueError,
+                     ValueError)
         return text.decode("utf-8", "replace")
 
     def token_to_piece(self, token, special=True):
         """The bytes of one token, which may be part of a character."""
         cdef llama_token checked = self._check_token(token)
-        return <bytes> self.box.get().piece(checked, special)
+        return <bytes> piece_of(self.box.get().vocab(), checked, special)
 
     cdef int _check_tokens(self, values) except -1:
         cdef int32_t n = llama_vocab_n_tokens(self._vocab())
@@ -272,7 +265,7 @@ cdef class Model:
 
     cdef llama_token _check_token(self, token) except -1:
         self._check_open()
-        value = _params.integer("token", token, -2**63, 2**63 - 1)
+        value = integer("token", token, -2**63, 2**63 - 1)
         cdef int32_t n = llama_vocab_n_tokens(self._vocab())
         if not 0 <= value < n:
             raise _outside(value, n)
@@ -507,6 +500,11 @@ cdef _read(llama_model * model, int32_t i, _Reader reader):
     return buffer.data()[:max(n, 0)].decode("utf-8", "replace")
 
 
+cdef int _check_load(Status status, path, const string & message, Call & call, Interrupt interrupt) except -1:
+    return check_status(status, f"loading {os.fspath(path)}", message, &call, interrupt, f"{os.fspath(path)}: ",
+                        ModelLoadError, ModelLoadError, LoadCancelled)
+
+
 cdef _outside(token, int32_t n):
     """What is wrong with a token that the vocabulary of `n` tokens does not have."""
     return ValueError(f"token {token} is outside of the vocabulary (0 to {n - 1})")
@@ -527,16 +525,13 @@ cdef class LoraAdapter:
         cdef string name = os.fsencode(path)
         cdef string identity, problem
         cdef shared_ptr[ModelBox] box = model.box
-        cdef Call call = Call(state_of(token))
+        cdef Call call = Call(core_of(token))
         cdef Interrupt interrupt = watch_signals(call)
         cdef Status status
         with nogil:
             status = box.get().load_adapter(name, call, self.native, identity, problem)
         drain_log()
-        if status == Status.Cancelled:
-            raise_cancelled(f"loading {os.fspath(path)}", call, interrupt, LoadCancelled)
-        if status != Status.Done:
-            raise ModelLoadError(f"{os.fspath(path)}: {text_of(problem)}")
+        _check_load(status, path, problem, call, interrupt)
         self.box = model.box
         self.pid = getpid()
         self.identity = identity

@@ -12,7 +12,7 @@ from .._native.guard.context cimport DecodeReport, SequenceResult
 
 from ..errors import SequenceOutcome
 
-cdef tuple _STATES = ("completed", "rolled_back", "kept", "dirty")  # in the order of the native SequenceState
+cdef tuple _FATES = ("completed", "rolled_back", "kept", "dirty")  # in the order of the native Fate
 
 
 @cython.final
@@ -79,7 +79,7 @@ def _restored(rows_done, n_ubatches, seconds, repair_seconds, snapshot_bytes, se
 
 cdef dict outcomes_of(vector[SequenceResult] & told):
     return {
-        item.seq: SequenceOutcome(_STATES[<int> item.state], item.start, item.end, item.cancelled) for item in told
+        item.seq: SequenceOutcome(_FATES[<int> item.fate], item.start, item.end, item.cancelled) for item in told
     }
 
 

@@ -14,14 +14,16 @@ from .._native.llama cimport *
 from .._native.model.model cimport ModelBox
 from .._native.process.status cimport Status
 from .._native.words.sampler cimport Draw, accept, make_grammar, reset, sample, sample_rows
-from ..cancel.token cimport state_of
-from ._llama cimport Interrupt, check_call, check_process, drain_log, raise_cancelled, text_of, watch_signals
+from .._native.words.vocabulary cimport piece_of, tokenize
+from ..cancel.token cimport core_of
+from ._llama cimport check_process, drain_log
+from .call cimport Interrupt, check_call, check_status, watch_signals
 from .context cimport Context
 from .model cimport Model
 
 from ..constraint import Vocabulary, source_of
 from ..errors import ClosedError, ContextBusyError
-from . import params as _params
+from .params import integer, number
 
 cdef uint32_t _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
 
@@ -76,7 +78,6 @@ cdef class Sampler:
                  dry_penalty_last_n=1024, dry_breakers=("\n", ":", '"', "*"), xtc_probability=0.0, xtc_threshold=0.1,
                  mirostat=0, mirostat_tau=5.0, mirostat_eta=0.1, seed=None, logit_bias=None, json_schema=None,
                  regex=None, lark=None, grammar=None, grammar_root="root", model=None, token=None):
-        number, integer = _params.number, _params.integer
         self.options = {
             "temperature": number("temperature", temperature, -1e6, 1e6),
             "top_k": integer("top_k", top_k, 0, 2**31 - 1),
@@ -125,7 +126,7 @@ cdef class Sampler:
         cdef llama_logit_bias bias
         cdef shared_ptr[vector[llama_logit_bias]] biases = make_shared[vector[llama_logit_bias]]()
         for token, value in given.items():
-            bias.token = _params.integer("logit_bias: a token", token, 0, 2**31 - 1)
+            bias.token = integer("logit_bias: a token", token, 0, 2**31 - 1)
             bias.bias = _bias(value)
             biases.get().push_back(bias)
         self.biases = biases
@@ -152,7 +153,7 @@ cdef class Sampler:
             DecodeCancelled: If `token` was cancelled; the sampler is bound to nothing.
             ValueError: If it is bound to another model, the grammar cannot be used, or a bias is of no token.
         """
-        cdef Call call = Call(state_of(token))
+        cdef Call call = Call(core_of(token))
         cdef Interrupt interrupt
         model._check_open()
         self._enter("bind")
@@ -209,10 +210,7 @@ cdef class Sampler:
             self._steps = 0
             with nogil:
                 status = make_grammar(vocab, text, root, call, part, message, self._steps)
-            if status == Status.Cancelled:
-                raise_cancelled("parsing a grammar", call, interrupt)
-            if status != Status.Done:
-                raise ValueError(text_of(message))
+            check_status(status, "parsing a grammar", message, &call, interrupt, "", ValueError, ValueError)
             llama_sampler_chain_add(chain, part)
         if o["penalty_last_n"] and (o["repeat_penalty"] != 1 or o["frequency_penalty"] or o["presence_penalty"]):
             llama_sampler_chain_add(chain, llama_sampler_init_penalties(
@@ -270,10 +268,10 @@ cdef class Sampler:
             ValueError: If the logits are not numbers, no token is left to choose, or the grammar is so ambiguous that
                 the next token cannot be told in reasonable time.
         """
-        cdef int32_t row = _params.integer("i", i, -2**31, 2**31 - 1)
+        cdef int32_t row = integer("i", i, -2**31, 2**31 - 1)
         cdef Draw draw
         cdef int32_t n_vocab
-        draw.call = Call(state_of(token))
+        draw.call = Call(core_of(token))
         ctx._acquire(&draw.call, None, "sample")
         try:
             self._enter("sample")
@@ -331,7 +329,7 @@ cdef class Sampler:
         try:
             if self.chain == NULL:
                 raise ValueError("the sampler is bound to no model yet: pass model=")
-            chosen = _params.integer("token", token, 0, llama_vocab_n_tokens(self.box.get().vocab()) - 1)
+            chosen = integer("token", token, 0, llama_vocab_n_tokens(self.box.get().vocab()) - 1)
             if self.matcher is not None and not self.matcher.allows(chosen):
                 self.matcher.check()
                 raise ValueError(f"the token is not accepted: the constraint does not allow {chosen} here")
@@ -342,8 +340,7 @@ cdef class Sampler:
                 self._take(chosen)
         finally:
             self.busy = False
-        if status != Status.Done:
-            raise ValueError(f"the token is not accepted: {text_of(message)}")
+        check_status(status, "accept", message, NULL, None, "the token is not accepted: ", ValueError, ValueError)
 
     def reset(self):
         """Forget what was chosen; the random numbers begin again.
@@ -375,7 +372,7 @@ cdef class Sampler:
         other.options = self.options
         other.biases = self.biases
         if seed is not None:
-            other.options = {**self.options, "seed": _params.integer("seed", seed, 0, 2**32 - 2)}
+            other.options = {**self.options, "seed": integer("seed", seed, 0, 2**32 - 2)}
         self._enter("clone")
         try:
             if self.chain != NULL:
@@ -451,7 +448,7 @@ def choose_tokens(Context ctx not None, list rows not None):
                 continue
             entered.append(sampler)
             try:
-                draws[n].call = Call(state_of(token))
+                draws[n].call = Call(core_of(token))
                 draws[n].n_top = -1 if n_top is None else n_top
                 sampler._prepare(draws[n], ctx, row)
             except Exception as error:
@@ -502,10 +499,7 @@ cdef llama_sampler * _drawing(bytes name, dict o, int32_t n_vocab, uint32_t seed
 
 cdef object _chosen(Draw & draw):
     """The token that was drawn; raises why there is none."""
-    if draw.status == Status.Cancelled:
-        raise_cancelled("sample", draw.call, None)
-    if draw.status != Status.Done:
-        raise ValueError(text_of(draw.message))
+    check_status(draw.status, "sample", draw.message, &draw.call, None, "", ValueError, ValueError)
     return draw.token
 
 
@@ -542,13 +536,13 @@ cdef class _Pieces:
         cdef llama_token token
         pieces, special, ends = [], [], []
         for token in range(llama_vocab_n_tokens(vocab)):
-            piece = <bytes> self.box.get().piece(token, False)
+            piece = <bytes> piece_of(vocab, token, False)
             ends_text = llama_vocab_is_eog(vocab, token)
             if ends_text:
                 ends.append(token)
             if ends_text or not piece:
                 special.append(token)
-                piece = <bytes> self.box.get().piece(token, True) or b"<%d>" % token
+                piece = <bytes> piece_of(vocab, token, True) or b"<%d>" % token
             pieces.append(piece)
         return pieces, special, ends, self.encode
 
@@ -560,9 +554,8 @@ cdef class _Pieces:
         cdef Status status
         cdef Call call
         with nogil:
-            status = self.box.get().tokenize(data, False, False, call, tokens, message)
-        if status != Status.Done:
-            raise ValueError(f"the text cannot be tokenized: {text_of(message)}")
+            status = tokenize(self.box.get().vocab(), data, False, False, call, tokens, message)
+        check_status(status, "tokenize", message, &call, None, "the text cannot be tokenized: ", ValueError, ValueError)
         return tokens
 
 

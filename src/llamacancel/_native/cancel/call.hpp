@@ -14,7 +14,8 @@
 
 namespace llamacancel {
 
-// What a call does once some of its rows are cancelled: it goes on for the others, or it stops where that costs them nothing.
+// What a call does once some of its rows are cancelled: it goes on for the others, or it stops where that costs them
+// nothing.
 enum class WhenShared : uint8_t { Finish, Stop };
 
 // Asked on the calling thread at most every `kHookInterval`; true stops the call. Used for Ctrl-C.
@@ -25,14 +26,14 @@ class alignas(64) Call {
 public:
     // The token that speaks for some rows of the batch: all of them, where the rows belong to several.
     struct Watch {
-        TokenState::Ptr token;
-        std::vector<TokenState::Ptr> also = {};
+        TokenCore::Ptr token;
+        std::vector<TokenCore::Ptr> also = {};
 
         bool cancelled() const noexcept {
             if (!token->poll()) {
                 return false;
             }
-            for (const TokenState::Ptr & other : also) {
+            for (const TokenCore::Ptr & other : also) {
                 if (!other->poll()) {
                     return false;
                 }
@@ -46,7 +47,7 @@ public:
                 return nullptr;
             }
             const Verdict * last = &token->verdict();
-            for (const TokenState::Ptr & other : also) {
+            for (const TokenCore::Ptr & other : also) {
                 last = other->verdict().at_ns > last->at_ns ? &other->verdict() : last;
             }
             return last;
@@ -56,7 +57,7 @@ public:
     Call() = default;
 
     // One token for the whole call, or none.
-    explicit Call(TokenState::Ptr token) {
+    explicit Call(TokenCore::Ptr token) {
         if (token) {
             only_ = token.get();
             watches_.push_back({std::move(token), {}});
@@ -91,7 +92,7 @@ public:
 
     // A ubatch begins. Once all of `tokens` are cancelled nobody wants it, and it stops, whether the call does or not;
     // with no tokens it stops with the call alone. They are the caller's, until the next ubatch begins.
-    void begin_ubatch(std::vector<TokenState *> tokens) noexcept {
+    void begin_ubatch(std::vector<TokenCore *> tokens) noexcept {
         ubatch_ = std::move(tokens);
         stopped_inside_ = stopped_;
     }
@@ -121,8 +122,8 @@ public:
         const Verdict * stopping = nullptr;
         for (const Watch & watch : watches_) {
             const Verdict * const last = watch.last_verdict();
-            if (last && (!stopping || (needs_ == Needs::Any ? last->at_ns < stopping->at_ns
-                                                            : last->at_ns > stopping->at_ns))) {
+            if (last &&
+                (!stopping || (needs_ == Needs::Any ? last->at_ns < stopping->at_ns : last->at_ns > stopping->at_ns))) {
                 stopping = last;
             }
         }
@@ -134,12 +135,13 @@ private:
 
     bool cancelled(Needs needs) const noexcept {
         const auto gone = [](const Watch & watch) { return watch.cancelled(); };
-        return needs == Needs::Any ? std::any_of(watches_.begin(), watches_.end(), gone)
-                                   : every_row_ && !watches_.empty() && std::all_of(watches_.begin(), watches_.end(), gone);
+        return needs == Needs::Any
+                   ? std::any_of(watches_.begin(), watches_.end(), gone)
+                   : every_row_ && !watches_.empty() && std::all_of(watches_.begin(), watches_.end(), gone);
     }
 
     bool unwanted() const noexcept {
-        return std::all_of(ubatch_.begin(), ubatch_.end(), [](TokenState * token) { return token->poll(); });
+        return std::all_of(ubatch_.begin(), ubatch_.end(), [](TokenCore * token) { return token->poll(); });
     }
 
     bool interrupted() noexcept {
@@ -158,10 +160,10 @@ private:
     bool every_row_ = true;
     Needs needs_ = Needs::All;
     Needs needs_inside_ = Needs::All;
-    TokenState * only_ = nullptr;  // the token, where the call has a single one
+    TokenCore * only_ = nullptr;  // the token, where the call has a single one
     InterruptHook hook_ = nullptr;
     int64_t next_hook_ns_ = kNever;
-    std::vector<TokenState *> ubatch_;  // who may want the ubatch that is being computed
+    std::vector<TokenCore *> ubatch_;  // who may want the ubatch that is being computed
     void * hook_arg_ = nullptr;
     int64_t interrupted_at_ns_ = 0;  // when the hook last returned
     std::vector<Watch> watches_;

@@ -4,7 +4,7 @@ from libc.stdint cimport uint8_t
 from libcpp cimport bool
 from libcpp.memory cimport shared_ptr
 
-from .token cimport TokenState, Verdict
+from .token cimport TokenCore, Verdict
 
 
 cdef extern from "cancel/call.hpp" namespace "llamacancel" nogil:
@@ -14,7 +14,7 @@ cdef extern from "cancel/call.hpp" namespace "llamacancel" nogil:
 
     cppclass Call:
         Call() noexcept
-        Call(shared_ptr[TokenState] token) except +
+        Call(shared_ptr[TokenCore] token) except +
         void set_interrupt(bool (*hook)(void *) noexcept, void * arg) noexcept
         bool should_stop() noexcept
         bool stopped_by_interrupt() noexcept

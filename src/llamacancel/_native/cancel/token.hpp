@@ -28,12 +28,12 @@ struct Verdict {
     int64_t at_ns = 0;  // when cancel() was called, or the deadline that passed
 };
 
-class TokenState : public std::enable_shared_from_this<TokenState> {
+class TokenCore : public std::enable_shared_from_this<TokenCore> {
 public:
-    using Ptr = std::shared_ptr<TokenState>;
+    using Ptr = std::shared_ptr<TokenCore>;
     using CallbackFn = void (*)(void *) noexcept;
 
-    static Ptr make(int64_t deadline_ns = kNever) { return Ptr(new TokenState(deadline_ns)); }
+    static Ptr make(int64_t deadline_ns = kNever) { return Ptr(new TokenCore(deadline_ns)); }
 
     // A token that is cancelled as soon as one of `parents` is, and that reaches none of them.
     static Ptr derive(const std::vector<Ptr> & parents, int64_t deadline_ns = kNever) {
@@ -56,7 +56,7 @@ public:
 
     // Leaves the parents' lists and lets go of the parents. Those that die with this token have their own
     // links moved here first, so that a chain of any depth is destroyed without recursion.
-    ~TokenState() {
+    ~TokenCore() {
         Link * rest = nullptr;
         take_links(*this, rest);
         while (rest) {
@@ -67,12 +67,12 @@ public:
             }
         }
     }
-    TokenState(const TokenState &) = delete;
-    TokenState & operator=(const TokenState &) = delete;
+    TokenCore(const TokenCore &) = delete;
+    TokenCore & operator=(const TokenCore &) = delete;
 
     // True once cancelled or past the deadline. Wait-free; takes no lock, allocates nothing.
     bool poll() noexcept {
-        if (state_.load(std::memory_order_acquire) != kLive) {
+        if (phase_.load(std::memory_order_acquire) != kLive) {
             return true;
         }
         return deadline_ns_ != kNever && now_ns() >= deadline_ns_ && (expire(), true);
@@ -121,7 +121,7 @@ public:
     // somebody calls run_callbacks().
     uint64_t add_callback(CallbackFn fn, void * arg) {
         std::lock_guard<std::mutex> lock(mutex_);
-        if (state_.load(std::memory_order_acquire) != kLive) {
+        if (phase_.load(std::memory_order_acquire) != kLive) {
             return 0;
         }
         callbacks_.push_back({++last_callback_, fn, arg});
@@ -156,7 +156,7 @@ public:
 private:
     static constexpr int64_t kHour = int64_t{3600} * 1'000'000'000;
 
-    enum State : uint8_t { kLive = 0, kClaimed, kPublished };
+    enum Phase : uint8_t { kLive = 0, kClaimed, kPublished };
 
     struct Callback {
         uint64_t id;
@@ -183,8 +183,8 @@ private:
                 next->previous = previous;
             }
         }
-        const std::weak_ptr<TokenState> child;
-        TokenState * const raw;  // valid while the link is in the parent's list
+        const std::weak_ptr<TokenCore> child;
+        TokenCore * const raw;  // valid while the link is in the parent's list
         const Ptr parent;
         Link * sibling;  // the child's next link
         Link * previous = nullptr;
@@ -192,7 +192,7 @@ private:
     };
 
     // Takes `token`, which nobody else holds any more, out of its parents' lists; adds its links to `rest`.
-    static void take_links(TokenState & token, Link *& rest) noexcept {
+    static void take_links(TokenCore & token, Link *& rest) noexcept {
         while (Link * const link = token.links_) {
             token.links_ = link->sibling;
             link->leave();
@@ -201,17 +201,17 @@ private:
         }
     }
 
-    explicit TokenState(int64_t deadline_ns) : deadline_ns_(deadline_ns), verdict_(std::make_shared<Verdict>()) {}
+    explicit TokenCore(int64_t deadline_ns) : deadline_ns_(deadline_ns), verdict_(std::make_shared<Verdict>()) {}
 
     bool claim() noexcept {
         uint8_t live = kLive;
-        return state_.compare_exchange_strong(live, kClaimed, std::memory_order_acq_rel);
+        return phase_.compare_exchange_strong(live, kClaimed, std::memory_order_acq_rel);
     }
 
-    void publish() noexcept { state_.store(kPublished, std::memory_order_release); }
+    void publish() noexcept { phase_.store(kPublished, std::memory_order_release); }
 
     const std::shared_ptr<Verdict> & shared_verdict() const noexcept {
-        while (state_.load(std::memory_order_acquire) != kPublished) {
+        while (phase_.load(std::memory_order_acquire) != kPublished) {
             std::this_thread::yield();
         }
         return verdict_;
@@ -237,9 +237,9 @@ private:
     // Marks every descendant, breadth first, through a queue that is threaded through the tokens
     // themselves; then wakes waiters and runs callbacks, once all work that is cancelled can see it.
     void push_down() noexcept {
-        TokenState * last = this;
+        TokenCore * last = this;
         held_ = shared_from_this();
-        for (TokenState * token = this; token; token = token->queued_) {
+        for (TokenCore * token = this; token; token = token->queued_) {
             std::lock_guard<std::mutex> lock(token->children_mutex_);
             for (Link * link = token->children_; link; link = link->next) {
                 // Claimed first, held second: what is held here is released below, never under the lock.
@@ -256,14 +256,14 @@ private:
                 }
             }
         }
-        for (TokenState * token = this; token;) {
+        for (TokenCore * token = this; token;) {
             const Ptr held = std::move(token->held_);
             token = held->queued_;
             held->run_callbacks();
         }
     }
 
-    std::atomic<uint8_t> state_{kLive};
+    std::atomic<uint8_t> phase_{kLive};
     const int64_t deadline_ns_;
     Link * links_ = nullptr;  // to the parents; owned, and touched by derive() and destructors only
 
@@ -272,7 +272,7 @@ private:
 
     std::shared_ptr<Verdict> verdict_;  // written by the thread that claimed the token; shared down the tree
     Ptr held_;                          // keeps a queued token alive during push_down()
-    TokenState * queued_ = nullptr;     // the next token in push_down()'s queue
+    TokenCore * queued_ = nullptr;      // the next token in push_down()'s queue
 
     std::mutex mutex_;  // callbacks_ and changed_; never held while a callback runs
     std::condition_variable changed_;

@@ -9,7 +9,7 @@ from libcpp.vector cimport vector
 
 cdef extern from "cancel/token.hpp" namespace "llamacancel" nogil:
     # Named so that a module can hold a Python `Cause` beside it.
-    enum class CCause "llamacancel::Cause" (uint8_t):
+    enum class NativeCause "llamacancel::Cause" (uint8_t):
         NoCause "None"
         Client
         Deadline
@@ -17,19 +17,19 @@ cdef extern from "cancel/token.hpp" namespace "llamacancel" nogil:
         Shutdown
 
     cppclass Verdict:
-        CCause cause
+        NativeCause cause
         string reason
         int64_t at_ns  # when cancel() was called, or the deadline that passed
 
-    cppclass TokenState:
+    cppclass TokenCore:
         @staticmethod
-        shared_ptr[TokenState] make(int64_t deadline_ns) except +
+        shared_ptr[TokenCore] make(int64_t deadline_ns) except +
 
         @staticmethod
-        shared_ptr[TokenState] derive(const vector[shared_ptr[TokenState]] & parents, int64_t deadline_ns) except +
+        shared_ptr[TokenCore] derive(const vector[shared_ptr[TokenCore]] & parents, int64_t deadline_ns) except +
 
         bool poll() noexcept
-        bool cancel(CCause cause, string reason) noexcept  # runs callbacks on this thread
+        bool cancel(NativeCause cause, string reason) noexcept  # runs callbacks on this thread
         const Verdict & verdict() noexcept  # only after poll() was true
         int64_t deadline_ns() noexcept
         bool wait_until(int64_t until_ns) except +

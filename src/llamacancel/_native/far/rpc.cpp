@@ -15,10 +15,10 @@
 #include <mutex>
 #include <thread>
 
-#include "model/model.hpp"
 #include "cancel/clock.hpp"
 #include "ggml-rpc.h"
-#include "process/guard.hpp"
+#include "process/assertions.hpp"
+#include "process/exit.hpp"
 
 namespace llamacancel {
 
@@ -57,8 +57,8 @@ void look(Call & call, int64_t end_ns, const std::string & otherwise) {
     }
 }
 
-// The address of "host:port". A resolver can neither be stopped nor be told how long to take: it works on a thread of its
-// own, which is left behind when the call stops or the time is up.
+// The address of "host:port". A resolver can neither be stopped nor be told how long to take: it works on a thread of
+// its own, which is left behind when the call stops or the time is up.
 sockaddr_in resolve(const std::string & endpoint, Call & call, int64_t end_ns) {
     struct LookUp {
         const std::string host, port;
@@ -232,7 +232,7 @@ Status RpcServer::connect(const std::string & endpoint, Call & call, std::shared
         return said(kNoBackend);
     }
     try {
-        AssertionGuard guard;
+        AssertionsThrow net;
         const sockaddr_in address = resolve(endpoint, call, now_ns() + kAnswerNs);
         std::unique_lock<std::timed_mutex> lock(directory->connecting, std::defer_lock);
         while (!lock.try_lock_for(std::chrono::milliseconds(kLookMs))) {

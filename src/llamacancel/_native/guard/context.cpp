@@ -1,14 +1,18 @@
+#include "guard/context.hpp"
+
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <limits>
 
-#include "guard/context.hpp"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "llama-context.h"
 #include "llama-kv-cache.h"
 #include "llama-model.h"
+#include "process/assertions.hpp"
+#include "process/exit.hpp"
+#include "process/log.hpp"
 #include "process/steps.hpp"
 
 namespace llamacancel {
@@ -21,7 +25,7 @@ Status ContextBox::make(std::shared_ptr<ModelBox> model, llama_context_params pa
         return Status::Failed;
     }
     try {
-        AssertionGuard guard;
+        AssertionsThrow net;
         params.n_ubatch = cut.n_ubatch;
         if (llama_context * ctx = model->make_context(params, call)) {
             box.reset(new ContextBox(model, ctx, cut, params));
@@ -56,8 +60,7 @@ ContextBox::ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, con
       memory_(llama_get_memory(ctx), output_all_),
       journal_(memory_),
       written_(memory_) {
-    llama_set_abort_callback(
-        ctx_, [](void * slot) { return CallSlot::trampoline(slot) || exiting(); }, &slot_);
+    llama_set_abort_callback(ctx_, [](void * slot) { return CallSlot::trampoline(slot) || exiting(); }, &slot_);
 }
 
 ContextBox::~ContextBox() { llama_free(ctx_); }
@@ -229,7 +232,8 @@ std::string ContextBox::check(const BatchView & batch, bool encoding) const {
         if (end - begin > 1 && !may_share) {
             return in_row(
                 std::string("a row of several sequences needs a cache that they share (") +
-                (memory_.recurrent ? "this model's state is recurrent" : "make the context with kv_unified=True") + ")");
+                (memory_.recurrent ? "this model's state is recurrent" : "make the context with kv_unified=True") +
+                ")");
         }
         for (const int32_t * seq = begin; seq != end; ++seq) {
             if (*seq < 0 || *seq >= n_seq_max) {
@@ -310,7 +314,9 @@ std::string check_tokens(const BatchView & batch, const SequenceTokens & tokens)
             absent.erase(*seq);
         }
     }
-    return absent.empty() ? "" : "a token is given for sequence " + text(*absent.begin()) + ", which has no row in the batch";
+    return absent.empty()
+               ? ""
+               : "a token is given for sequence " + text(*absent.begin()) + ", which has no row in the batch";
 }
 
 std::vector<llama_seq_id> ContextBox::dirty_among(const BatchView & batch) const {
@@ -365,7 +371,7 @@ bool ContextBox::forgot(llama_seq_id seq, llama_pos next) const {
 void ContextBox::forget(const std::function<void()> & change) {
     written_.look();
     try {
-        AssertionGuard guard;
+        AssertionsThrow net;
         forget_by(memory_, change);
     } catch (const AssertionFailed & error) {  // on a device that is gone
         broken_ = error.what();
@@ -422,7 +428,7 @@ Status ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_
                        "; remove it first");
     }
     try {
-        AssertionGuard guard;
+        AssertionsThrow net;
         if (streams) {
             llama_synchronize(ctx_);
             copy_streams(memory_, from, to, [&] {
@@ -470,7 +476,7 @@ Status ContextBox::clear(Call & call, std::string & message) {
         return Status::Cancelled;
     }
     try {
-        AssertionGuard guard;
+        AssertionsThrow net;
         llama_synchronize(ctx_);
         written_.clear([&] { return call.should_stop() || exiting(); });
         confirm();

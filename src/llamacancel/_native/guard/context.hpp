@@ -19,6 +19,7 @@
 #include "guard/cut.hpp"
 #include "guard/outputs.hpp"
 #include "llama.h"
+#include "memory/journal.hpp"
 #include "memory/memory.hpp"
 #include "memory/written.hpp"
 #include "model/model.hpp"
@@ -27,9 +28,9 @@
 namespace llamacancel {
 
 enum class OnCancel : uint8_t { Rollback, Keep };
-enum class SequenceState : uint8_t { Completed, RolledBack, Kept, Dirty };
+enum class Fate : uint8_t { Completed, RolledBack, Kept, Dirty };
 
-using SequenceTokens = std::map<llama_seq_id, TokenState::Ptr>;
+using SequenceTokens = std::map<llama_seq_id, TokenCore::Ptr>;
 
 // The call of a batch whose sequences have tokens of their own. A row is cancelled when all its sequences are;
 // a row with a sequence that has no token never is.
@@ -40,7 +41,7 @@ std::string check_tokens(const BatchView & batch, const SequenceTokens & tokens)
 
 struct SequenceResult {
     llama_seq_id seq;
-    SequenceState state;
+    Fate fate;
     llama_pos start;  // of its first row in the batch
     llama_pos end;    // follows the last position that the context holds
     bool cancelled;   // its own token was cancelled
@@ -69,9 +70,9 @@ public:
     ContextBox & operator=(const ContextBox &) = delete;
 
     // One call at a time. With a call that can be cancelled, waits for its turn until then, in the order in which the
-    // calls came; else Status::Busy at once. A thread that holds the context already gets Busy, too. Without a call it is
-    // for a moment only, and takes a context that is free before those who wait. After Status::Done the caller owes a
-    // release().
+    // calls came; else Status::Busy at once. A thread that holds the context already gets Busy, too. Without a call it
+    // is for a moment only, and takes a context that is free before those who wait. After Status::Done the caller owes
+    // a release().
     Status acquire(Call * call);
     void release() noexcept;
 
@@ -108,7 +109,7 @@ public:
     Status load_state(llama_seq_id seq, const uint8_t * bytes, size_t size, Call & call, std::string & message);
 
     llama_context * get() const noexcept { return ctx_; }
-    const Memory & memory() const noexcept { return memory_; }
+    const MemoryParts & memory() const noexcept { return memory_; }
     const Cut & cut() const noexcept { return cut_; }
     const Outputs & outputs() const noexcept { return outputs_; }
     const std::set<llama_seq_id> & dirty() const noexcept { return dirty_; }
@@ -120,7 +121,7 @@ private:
     ContextBox(std::shared_ptr<ModelBox> model, llama_context * ctx, const Cut & cut,
                const llama_context_params & params);
 
-    class Run;
+    class Decoding;
 
     // True if a sliding window has dropped what a token at `next` would look back on: going on there would be wrong.
     bool forgot(llama_seq_id seq, llama_pos next) const;
@@ -144,7 +145,7 @@ private:
     const Cut cut_;
     const bool output_all_;
     const ggml_type type_k_, type_v_;
-    const Memory memory_;
+    const MemoryParts memory_;
     Journal journal_;
     Written written_;
     Outputs outputs_;

@@ -10,9 +10,9 @@ from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from ..cancel.call cimport Call, WhenShared
-from ..cancel.token cimport TokenState, Verdict
+from ..cancel.token cimport TokenCore, Verdict
 from ..llama cimport llama_context, llama_context_params, llama_pos, llama_seq_id
-from ..memory.memory cimport NativeMemory
+from ..memory.memory cimport MemoryParts
 from ..model.model cimport ModelBox
 from ..process.status cimport Status
 from .cut cimport BatchView, Cut
@@ -24,7 +24,7 @@ cdef extern from "guard/context.hpp" namespace "llamacancel" nogil:
         Rollback
         Keep
 
-    enum class SequenceState (uint8_t):
+    enum class Fate (uint8_t):
         Completed
         RolledBack
         Kept
@@ -32,7 +32,7 @@ cdef extern from "guard/context.hpp" namespace "llamacancel" nogil:
 
     struct SequenceResult:
         llama_seq_id seq
-        SequenceState state
+        Fate fate
         llama_pos start
         llama_pos end
         bool cancelled
@@ -50,10 +50,10 @@ cdef extern from "guard/context.hpp" namespace "llamacancel" nogil:
         double latency
         bool interrupted
 
-    Call shared_call(const BatchView & batch, const cppmap[llama_seq_id, shared_ptr[TokenState]] & tokens,
+    Call shared_call(const BatchView & batch, const cppmap[llama_seq_id, shared_ptr[TokenCore]] & tokens,
                      WhenShared when, OnCancel on_cancel) except +
 
-    string check_tokens(const BatchView & batch, const cppmap[llama_seq_id, shared_ptr[TokenState]] & tokens) except +
+    string check_tokens(const BatchView & batch, const cppmap[llama_seq_id, shared_ptr[TokenCore]] & tokens) except +
 
     cppclass ContextBox:
         @staticmethod
@@ -64,7 +64,7 @@ cdef extern from "guard/context.hpp" namespace "llamacancel" nogil:
         string unusable() except +
         string check(const BatchView & batch, bool encoding) except +
         vector[llama_seq_id] dirty_among(const BatchView & batch) except +
-        DecodeReport decode(const BatchView & batch, Call & call, const cppmap[llama_seq_id, shared_ptr[TokenState]] & tokens,
+        DecodeReport decode(const BatchView & batch, Call & call, const cppmap[llama_seq_id, shared_ptr[TokenCore]] & tokens,
                             OnCancel on_cancel) except +
         DecodeReport encode(const BatchView & batch, Call & call) except +
         int32_t decode_bare(const BatchView & batch) except +
@@ -77,7 +77,7 @@ cdef extern from "guard/context.hpp" namespace "llamacancel" nogil:
         Status save_state(llama_seq_id seq, Call & call, vector[uint8_t] & bytes, string & message) except +
         Status load_state(llama_seq_id seq, const uint8_t * bytes, size_t size, Call & call, string & message) except +
         llama_context * get() noexcept
-        const NativeMemory & memory() noexcept
+        const MemoryParts & memory() noexcept
         const Cut & cut() noexcept
         const Outputs & outputs() noexcept
         const shared_ptr[ModelBox] & model() noexcept

@@ -2,14 +2,12 @@
 // same way for the same batch, so that the same calls give the same bits.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <vector>
 
 #include "memory/memory.hpp"
-
-struct llama_model;
+#include "model/gap.hpp"
 
 namespace llamacancel {
 
@@ -27,23 +25,6 @@ struct BatchView {
     const int32_t * seqs_begin(int32_t row) const { return seq_id + seq_offset[row]; }
     const int32_t * seqs_end(int32_t row) const { return seq_id + seq_offset[row + 1]; }
 };
-
-// How long a decode computes at most between two looks at its token, as a function of what it computes. Measured once
-// for a model and thread count: llama.cpp as we patch it looks between blocks of a kernel, an unpatched one between
-// nodes.
-struct GapCost {
-    double seconds = 0;             // however small the ubatch
-    double seconds_per_row = 0;     // and more for each row
-    double seconds_per_row_kv = 0;  // for each row and each cell that it looks at
-    double seconds_of_one = 0;      // of a single row, on other devices than the CPU: weights are read for it alone
-    double seconds_per_output = 0;  // for each row with logits, where a node is the least that can be stopped
-};
-
-// Runs some tokens through the first layers, a few times for at most 0.1 s each; on other devices than the CPU, which do
-// not look inside a graph, through all of them, for at most a second each. `max_positions`: as many as the model has, or
-// 0. Once `stop` is set it returns, with no measure.
-GapCost measure_gap_cost(llama_model * model, int32_t n_threads, bool on_cpu, int32_t max_positions,
-                         const std::atomic<bool> & stop);
 
 // The cut of one context, fixed when it is made.
 struct Cut {
@@ -71,7 +52,7 @@ private:
 };
 
 // One ubatch: rows of the batch, in the order in which llama.cpp will compute them.
-struct Chunk {
+struct Ubatch {
     std::vector<int32_t> rows;
     uint32_t n_seqs = 1;  // sequence sets; each has rows.size() / n_seqs rows
     bool last = false;    // nothing is left after it
@@ -82,8 +63,8 @@ class Cutter {
 public:
     Cutter(const BatchView & batch, const Cut & cut, Split split, bool output_all, bool whole_sequences);
 
-    // The next chunk of the rows that are left and not dropped. False when there is none.
-    bool next(Chunk & chunk);
+    // The next ubatch of the rows that are left and not dropped. False when there is none.
+    bool next(Ubatch & ubatch);
 
     // Leaves out the rows for which `dropped` is true from now on.
     void drop(const std::function<bool(int32_t row)> & dropped);
@@ -94,10 +75,10 @@ private:
     bool same_set(int32_t a, int32_t b) const;
     bool overlaps(int32_t a, int32_t b) const;
     bool fewer_apart(const std::vector<std::vector<int32_t>> & sets) const;
-    void take_in_order(Chunk & chunk);
-    void take_whole_sequences(Chunk & chunk);
-    void take_one_sequence(Chunk & chunk);
-    void take_equal(Chunk & chunk, bool sequential);
+    void take_in_order(Ubatch & ubatch);
+    void take_whole_sequences(Ubatch & ubatch);
+    void take_one_sequence(Ubatch & ubatch);
+    void take_equal(Ubatch & ubatch, bool sequential);
 
     const BatchView batch_;
     const Cut & cut_;

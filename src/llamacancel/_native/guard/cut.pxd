@@ -3,6 +3,8 @@
 from libc.stdint cimport int8_t, int32_t, uint32_t
 from libcpp cimport bool
 
+from ..model.gap cimport GapCost
+
 
 cdef extern from "guard/cut.hpp" namespace "llamacancel" nogil:
     struct BatchView:
@@ -14,12 +16,6 @@ cdef extern from "guard/cut.hpp" namespace "llamacancel" nogil:
         const int32_t * seq_offset
         const int32_t * seq_id
         const int8_t * output
-
-    struct GapCost:
-        double seconds
-        double seconds_per_row
-        double seconds_per_row_kv
-        double seconds_per_output
 
     cppclass Cut:
         Cut() noexcept

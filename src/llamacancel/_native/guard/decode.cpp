@@ -5,7 +5,9 @@
 
 #include "guard/context.hpp"
 #include "llama-batch.h"
-#include "process/guard.hpp"
+#include "process/assertions.hpp"
+#include "process/exit.hpp"
+#include "process/log.hpp"
 
 namespace llamacancel {
 
@@ -13,13 +15,13 @@ namespace {
 
 double seconds_since(int64_t start_ns) { return (now_ns() - start_ns) * 1e-9; }
 
-// The rows of one chunk as the arrays that llama.cpp takes, in both of its shapes.
-class ChunkArrays {
+// The rows of one ubatch as the arrays that llama.cpp takes, in both of its shapes.
+class UbatchArrays {
 public:
-    ChunkArrays(const BatchView & batch, const Chunk & chunk) {
-        const size_t n = chunk.rows.size();
+    UbatchArrays(const BatchView & batch, const Ubatch & ubatch) {
+        const size_t n = ubatch.rows.size();
         pos_.reserve(n);
-        for (int32_t row : chunk.rows) {
+        for (int32_t row : ubatch.rows) {
             if (batch.token) {
                 token_.push_back(batch.token[row]);
             } else {
@@ -34,10 +36,10 @@ public:
         }
         std::sort(unique_.begin(), unique_.end());
         unique_.erase(std::unique(unique_.begin(), unique_.end()), unique_.end());
-        n_seqs_ = chunk.n_seqs;
+        n_seqs_ = ubatch.n_seqs;
     }
 
-    llama_batch batch() {
+    llama_batch as_batch() {
         return {static_cast<int32_t>(pos_.size()),
                 token_.empty() ? nullptr : token_.data(),
                 embd_.empty() ? nullptr : embd_.data(),
@@ -48,7 +50,7 @@ public:
     }
 
     // What find_slot() reads of a ubatch.
-    llama_ubatch ubatch() {
+    llama_ubatch as_ubatch() {
         llama_ubatch ubatch = {};
         ubatch.b_equal_seqs = true;
         ubatch.n_tokens = pos_.size();
@@ -76,14 +78,14 @@ private:
     uint32_t n_seqs_;
 };
 
-Chunk whole(const BatchView & batch) {
-    Chunk chunk;
+Ubatch whole(const BatchView & batch) {
+    Ubatch ubatch;
     for (int32_t row = 0; row < batch.n_rows; ++row) {
-        chunk.rows.push_back(row);
+        ubatch.rows.push_back(row);
     }
-    chunk.n_seqs = batch.n_rows;
-    chunk.last = true;
-    return chunk;
+    ubatch.n_seqs = batch.n_rows;
+    ubatch.last = true;
+    return ubatch;
 }
 
 }  // namespace
@@ -113,10 +115,10 @@ Call shared_call(const BatchView & batch, const SequenceTokens & tokens, WhenSha
 }
 
 // One call from its first ubatch to its report.
-class ContextBox::Run {
+class ContextBox::Decoding {
 public:
-    Run(ContextBox & box, const BatchView & batch, Call & call, const SequenceTokens & tokens, OnCancel on_cancel,
-        bool encoding)
+    Decoding(ContextBox & box, const BatchView & batch, Call & call, const SequenceTokens & tokens, OnCancel on_cancel,
+             bool encoding)
         : box_(box),
           batch_(batch),
           call_(call),
@@ -144,7 +146,7 @@ public:
             }
             clear_errors();
             try {
-                AssertionGuard guard;
+                AssertionsThrow net;
                 CallSlot::Armed armed(box_.slot_, call_);
                 do {
                     begin();
@@ -186,22 +188,22 @@ private:
         Cutter cutter(batch_, box_.cut_, encoding_ ? Split::Simple : box_.memory_.split, box_.output_all_,
                       box_.pooled() && !encoding_);
         cutter.drop([&](int32_t row) { return batch_.seqs_begin(row) == batch_.seqs_end(row); });
-        Chunk chunk;
+        Ubatch ubatch;
         while (true) {
             drop_cancelled(cutter);  // first: whose rows are all dropped is told to stop
             if (call_.should_stop() || exiting()) {
                 return stopped(false);
             }
-            if (!cutter.next(chunk)) {
+            if (!cutter.next(ubatch)) {
                 break;
             }
-            ChunkArrays arrays(batch_, chunk);
-            if (!encoding_ && !box_.journal_.before(arrays.ubatch(), n_threads(chunk))) {
+            UbatchArrays arrays(batch_, ubatch);
+            if (!encoding_ && !box_.journal_.before(arrays.as_ubatch(), n_threads(ubatch))) {
                 return failed(Status::Full, "the context's memory has no room for the batch");
             }
-            protect_outputs(chunk);
+            protect_outputs(ubatch);
             call_.begin_ubatch(tokens_of(arrays.sequences()));
-            const int32_t code = compute(arrays.batch());
+            const int32_t code = compute(arrays.as_batch());
             if (code == 2 && (call_.stopped() || exiting())) {
                 return stopped(true);
             }
@@ -219,8 +221,8 @@ private:
             if (code != 0) {
                 return failed(Status::Failed, explain(code));
             }
-            collect(chunk, arrays);
-            if (chunk.last) {
+            collect(ubatch, arrays);
+            if (ubatch.last) {
                 cancelled_meanwhile();
                 break;
             }
@@ -229,8 +231,8 @@ private:
     }
 
     // Those who may want a ubatch, if it can be undone by itself.
-    std::vector<TokenState *> tokens_of(const std::vector<llama_seq_id> & seqs) const {
-        std::vector<TokenState *> tokens;
+    std::vector<TokenCore *> tokens_of(const std::vector<llama_seq_id> & seqs) const {
+        std::vector<TokenCore *> tokens;
         if (!keep_ || encoding_ || !box_.memory_.restorable()) {
             return tokens;
         }
@@ -250,8 +252,8 @@ private:
     }
 
     // With which llama.cpp computes so many rows.
-    int n_threads(const Chunk & chunk) const {
-        return chunk.rows.size() > 1 ? llama_n_threads_batch(box_.ctx_) : llama_n_threads(box_.ctx_);
+    int n_threads(const Ubatch & ubatch) const {
+        return ubatch.rows.size() > 1 ? llama_n_threads_batch(box_.ctx_) : llama_n_threads(box_.ctx_);
     }
 
     int32_t compute(llama_batch batch) {
@@ -316,13 +318,13 @@ private:
     bool may_run_again() const { return !keep_ && !tokens_.empty() && box_.memory_.forgets(); }
 
     // The outputs of the call before stay readable until this one is sure to succeed.
-    void protect_outputs(const Chunk & chunk) {
+    void protect_outputs(const Ubatch & ubatch) {
         int32_t n = 0;
-        for (int32_t row : chunk.rows) {
+        for (int32_t row : ubatch.rows) {
             n += is_output(row);
         }
         n = std::max<int32_t>(n, llama_n_seq_max(box_.ctx_));
-        if (((!chunk.last || may_run_again()) && n > 0) || n > box_.reserved_outputs_) {
+        if (((!ubatch.last || may_run_again()) && n > 0) || n > box_.reserved_outputs_) {
             box_.outputs_.own();
         }
         box_.reserved_outputs_ = std::max(box_.reserved_outputs_, n);
@@ -330,9 +332,9 @@ private:
 
     bool is_output(int32_t row) const { return encoding_ || box_.output_all_ || batch_.output[row] != 0; }
 
-    void collect(const Chunk & chunk, const ChunkArrays & arrays) {
+    void collect(const Ubatch & ubatch, const UbatchArrays & arrays) {
         ++report_.n_ubatches;
-        for (int32_t row : chunk.rows) {
+        for (int32_t row : ubatch.rows) {
             for (const int32_t * seq = batch_.seqs_begin(row); seq != batch_.seqs_end(row); ++seq) {
                 sequences_.at(*seq).end = batch_.pos[row] + 1;
             }
@@ -340,7 +342,7 @@ private:
         any_done_ = true;
 
         const size_t before = outputs_.rows.size();
-        for (int32_t row : chunk.rows) {
+        for (int32_t row : ubatch.rows) {
             if (is_output(row)) {
                 outputs_.add(row);
             }
@@ -367,7 +369,7 @@ private:
             return;  // an encoder has no logits; a model that computes without a memory may have some
         }
         const float * logits = llama_get_logits(box_.ctx_);
-        if (chunk.last && before == 0) {
+        if (ubatch.last && before == 0) {
             outputs_.borrowed = logits;
         } else {
             outputs_.own_logits.insert(outputs_.own_logits.end(), logits, logits + added * outputs_.n_vocab);
@@ -491,12 +493,13 @@ private:
     void repair(bool last_ubatch_only) {
         const int64_t start = now_ns();
         try {
-            AssertionGuard guard;
+            AssertionsThrow net;
             for (llama_seq_id seq : last_ubatch_only ? box_.journal_.rollback_last() : box_.journal_.rollback()) {
                 sequences_.at(seq).dirty = true;
             }
             box_.confirm();
-        } catch (const std::exception & error) {  // no memory is left, or that of the context is on a device that is gone
+        } catch (const std::exception & error) {
+            // No room is left for it, or what the context holds is on a device that is gone.
             if (!dynamic_cast<const std::bad_alloc *>(&error)) {
                 broken(error);
             }
@@ -518,14 +521,13 @@ private:
             if (sequence.dirty) {
                 box_.dirty_.insert(seq);
             }
-            const SequenceState state = sequence.dirty         ? SequenceState::Dirty
-                                        : sequence.rolled_back ? SequenceState::RolledBack
-                                        : report_.status == Status::Cancelled || sequence.cancelled
-                                            ? SequenceState::Kept
-                                            : SequenceState::Completed;
+            const Fate fate = sequence.dirty                                              ? Fate::Dirty
+                              : sequence.rolled_back                                      ? Fate::RolledBack
+                              : report_.status == Status::Cancelled || sequence.cancelled ? Fate::Kept
+                                                                                          : Fate::Completed;
             const llama_pos end =
                 sequence.rolled_back ? std::min(sequence.start, box_.memory_.pos_max(seq) + 1) : sequence.end;
-            report_.sequences.push_back({seq, state, sequence.start, end, sequence.cancelled});
+            report_.sequences.push_back({seq, fate, sequence.start, end, sequence.cancelled});
         }
         for (int32_t row = 0; row < batch_.n_rows; ++row) {
             report_.rows_done += std::any_of(batch_.seqs_begin(row), batch_.seqs_end(row), [&](llama_seq_id seq) {
@@ -552,19 +554,19 @@ private:
 DecodeReport ContextBox::decode(const BatchView & batch, Call & call, const SequenceTokens & tokens,
                                 OnCancel on_cancel) {
     const InFlight in_flight;
-    return Run(*this, batch, call, tokens, on_cancel, !memory_.memory).run();
+    return Decoding(*this, batch, call, tokens, on_cancel, !memory_.memory).run();
 }
 
 DecodeReport ContextBox::encode(const BatchView & batch, Call & call) {
     const InFlight in_flight;
-    return Run(*this, batch, call, {}, OnCancel::Rollback, true).run();
+    return Decoding(*this, batch, call, {}, OnCancel::Rollback, true).run();
 }
 
 int32_t ContextBox::decode_bare(const BatchView & batch) {
     const InFlight in_flight;
-    ChunkArrays arrays(batch, whole(batch));
+    UbatchArrays arrays(batch, whole(batch));
     stop_between(0);  // as a call before may have left it
-    const int32_t code = llama_decode(ctx_, arrays.batch());
+    const int32_t code = llama_decode(ctx_, arrays.as_batch());
     llama_synchronize(ctx_);
     return code;
 }

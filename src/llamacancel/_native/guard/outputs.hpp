@@ -50,7 +50,8 @@ struct Outputs {
     // Rows come in the order in which they were computed; indices count in the order of the batch. Those that were
     // cancelled do not count.
     void finish() {
-        rows.erase(std::remove_if(rows.begin(), rows.end(), [&](int32_t row) { return row_slot[row] < 0; }), rows.end());
+        rows.erase(std::remove_if(rows.begin(), rows.end(), [&](int32_t row) { return row_slot[row] < 0; }),
+                   rows.end());
         std::sort(rows.begin(), rows.end());
     }
 

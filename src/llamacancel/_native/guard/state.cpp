@@ -1,10 +1,13 @@
 #include <algorithm>
 #include <cstring>
 
-#include "guard/context.hpp"
 #include "ggml-backend.h"
+#include "guard/context.hpp"
 #include "llama-io.h"
-#include "process/guard.hpp"
+#include "memory/undo.hpp"
+#include "process/assertions.hpp"
+#include "process/exit.hpp"
+#include "process/log.hpp"
 
 namespace llamacancel {
 
@@ -94,7 +97,7 @@ Status ContextBox::save_state(llama_seq_id seq, Call & call, std::vector<uint8_t
         return Status::Failed;
     }
     try {
-        AssertionGuard guard;
+        AssertionsThrow net;
         poll(call);
         bytes.reserve(llama_state_seq_get_size_ext(ctx_, seq, 0));
         llama_synchronize(ctx_);
@@ -121,7 +124,7 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
     Status status = Status::Done;
     clear_errors();
     try {
-        AssertionGuard guard;
+        AssertionsThrow net;
         undo.begin();
         undo.save_sequence(seq, [&] { poll(call); });
     } catch (const Cancelled &) {
@@ -131,7 +134,7 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
         return Status::Failed;
     }
     try {
-        AssertionGuard guard;
+        AssertionsThrow net;
         poll(call);
         Reader reader(call, bytes, size);
         memory_.memory->seq_rm(seq, -1, -1);
@@ -154,7 +157,7 @@ Status ContextBox::load_state(llama_seq_id seq, const uint8_t * bytes, size_t si
     // llama.cpp has cleared the sequence, in whole or in part: give it back what it held.
     memory_.memory->seq_rm(seq, -1, -1);
     try {
-        AssertionGuard guard;
+        AssertionsThrow net;
         if (memory_.restorable()) {
             undo.restore();
             undo.scrub(true);

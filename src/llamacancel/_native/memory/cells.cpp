@@ -22,7 +22,7 @@ void move(uint8_t * saved, uint8_t * held, size_t size, bool set) {
 }  // namespace
 
 // Cells that follow one another.
-struct CellData::Run {
+struct CellData::Stretch {
     size_t first;  // index into the list of cells
     uint32_t cell;
     size_t n;
@@ -34,16 +34,16 @@ CellData::CellData(std::vector<ggml_tensor *> k, std::vector<ggml_tensor *> v, b
     for (const ggml_tensor * tensor : v_) bytes_ += transposed ? column_bytes(tensor) : tensor->nb[1];
 }
 
-std::vector<CellData::Run> CellData::runs_of(const std::vector<uint32_t> & cells) {
-    std::vector<Run> runs;
+std::vector<CellData::Stretch> CellData::stretches_of(const std::vector<uint32_t> & cells) {
+    std::vector<Stretch> stretches;
     for (size_t i = 0; i < cells.size(); ++i) {
         if (i > 0 && cells[i] == cells[i - 1] + 1) {
-            runs.back().n += 1;
+            stretches.back().n += 1;
         } else {
-            runs.push_back({i, cells[i], 1});
+            stretches.push_back({i, cells[i], 1});
         }
     }
-    return runs;
+    return stretches;
 }
 
 void CellData::clear(const std::vector<uint32_t> & cells) const {
@@ -61,18 +61,18 @@ void CellData::clear(const std::vector<uint32_t> & cells) const {
         zeros.resize(std::max(zeros.size(), n * size));
         ggml_backend_tensor_set_2d(tensor, zeros.data(), offset, size, n, stride, size);
     };
-    for (const Run & run : runs_of(cells)) {
+    for (const Stretch & stretch : stretches_of(cells)) {
         const auto clear_rows = [&](ggml_tensor * tensor) {
-            for (size_t i = 0; i < run.n; i += kRowsAtOnce) {
-                const size_t n = std::min(kRowsAtOnce, run.n - i);
-                clear_part(tensor, (run.cell + i) * tensor->nb[1], n * tensor->nb[1], 1, 0);
+            for (size_t i = 0; i < stretch.n; i += kRowsAtOnce) {
+                const size_t n = std::min(kRowsAtOnce, stretch.n - i);
+                clear_part(tensor, (stretch.cell + i) * tensor->nb[1], n * tensor->nb[1], 1, 0);
             }
         };
         for (ggml_tensor * k : k_) clear_rows(k);
         for (ggml_tensor * v : v_) {
             if (transposed_) {
                 const size_t size = ggml_element_size(v);
-                clear_part(v, run.cell * size, run.n * size, v->ne[0], v->ne[1] * size);
+                clear_part(v, stretch.cell * size, stretch.n * size, v->ne[0], v->ne[1] * size);
             } else {
                 clear_rows(v);
             }
@@ -84,43 +84,45 @@ void CellData::copy(const std::vector<uint32_t> & cells, uint8_t * bytes, bool s
     if (cells.empty()) {
         return;
     }
-    const std::vector<Run> runs = runs_of(cells);
+    const std::vector<Stretch> stretches = stretches_of(cells);
     for (ggml_tensor * k : k_) {
-        copy_rows(k, runs, bytes, set);
+        copy_rows(k, stretches, bytes, set);
         bytes += k->nb[1];
     }
     for (ggml_tensor * v : v_) {
         if (transposed_) {
-            copy_columns(v, runs, bytes, set);
+            copy_columns(v, stretches, bytes, set);
             bytes += column_bytes(v);
         } else {
-            copy_rows(v, runs, bytes, set);
+            copy_rows(v, stretches, bytes, set);
             bytes += v->nb[1];
         }
     }
 }
 
 // `bytes`: the tensor's part of the first saved cell; that of the next one lies bytes_ behind it.
-void CellData::copy_rows(ggml_tensor * tensor, const std::vector<Run> & runs, uint8_t * bytes, bool set) const {
+void CellData::copy_rows(ggml_tensor * tensor, const std::vector<Stretch> & stretches, uint8_t * bytes,
+                         bool set) const {
     const size_t size = tensor->nb[1];
     std::vector<uint8_t> held;
-    for (const Run & run : runs) {
-        held.resize(run.n * size);
+    for (const Stretch & stretch : stretches) {
+        held.resize(stretch.n * size);
         if (!set) {
-            ggml_backend_tensor_get(tensor, held.data(), run.cell * size, held.size());
+            ggml_backend_tensor_get(tensor, held.data(), stretch.cell * size, held.size());
         }
-        for (size_t i = 0; i < run.n; ++i) {
-            move(bytes + (run.first + i) * bytes_, held.data() + i * size, size, set);
+        for (size_t i = 0; i < stretch.n; ++i) {
+            move(bytes + (stretch.first + i) * bytes_, held.data() + i * size, size, set);
         }
         if (set) {
-            ggml_backend_tensor_set(tensor, held.data(), run.cell * size, held.size());
+            ggml_backend_tensor_set(tensor, held.data(), stretch.cell * size, held.size());
         }
     }
 }
 
 // Element j of cell i lies at j * n_cells + i. Where a copy is no mere memcpy(), the whole tensor goes there and back
 // instead of each element.
-void CellData::copy_columns(ggml_tensor * tensor, const std::vector<Run> & runs, uint8_t * bytes, bool set) const {
+void CellData::copy_columns(ggml_tensor * tensor, const std::vector<Stretch> & stretches, uint8_t * bytes,
+                            bool set) const {
     const size_t size = ggml_element_size(tensor);
     const size_t n_cells = tensor->ne[1], n_elements = tensor->ne[0];
     const bool is_host = ggml_backend_buffer_is_host((tensor->view_src ? tensor->view_src : tensor)->buffer);
@@ -131,11 +133,11 @@ void CellData::copy_columns(ggml_tensor * tensor, const std::vector<Run> & runs,
         held = copied.data();
         ggml_backend_tensor_get(tensor, held, 0, copied.size());
     }
-    for (const Run & run : runs) {
-        for (size_t i = 0; i < run.n; ++i) {
+    for (const Stretch & stretch : stretches) {
+        for (size_t i = 0; i < stretch.n; ++i) {
             for (size_t j = 0; j < n_elements; ++j) {
-                move(bytes + (run.first + i) * bytes_ + j * size, held + (j * n_cells + run.cell + i) * size, size,
-                     set);
+                move(bytes + (stretch.first + i) * bytes_ + j * size, held + (j * n_cells + stretch.cell + i) * size,
+                     size, set);
             }
         }
     }

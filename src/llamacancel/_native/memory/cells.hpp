@@ -27,11 +27,11 @@ public:
     void clear(const std::vector<uint32_t> & cells) const;
 
 private:
-    struct Run;
-    static std::vector<Run> runs_of(const std::vector<uint32_t> & cells);
+    struct Stretch;
+    static std::vector<Stretch> stretches_of(const std::vector<uint32_t> & cells);
     void copy(const std::vector<uint32_t> & cells, uint8_t * bytes, bool set) const;
-    void copy_rows(ggml_tensor * tensor, const std::vector<Run> & runs, uint8_t * bytes, bool set) const;
-    void copy_columns(ggml_tensor * tensor, const std::vector<Run> & runs, uint8_t * bytes, bool set) const;
+    void copy_rows(ggml_tensor * tensor, const std::vector<Stretch> & stretches, uint8_t * bytes, bool set) const;
+    void copy_columns(ggml_tensor * tensor, const std::vector<Stretch> & stretches, uint8_t * bytes, bool set) const;
 
     std::vector<ggml_tensor *> k_, v_;
     bool transposed_;

@@ -9,7 +9,7 @@ cdef extern from "memory/memory.hpp" namespace "llamacancel" nogil:
     enum class MemoryKind (uint8_t):
         pass
 
-    cppclass NativeMemory "llamacancel::Memory":
+    cppclass MemoryParts:
         void * memory
         MemoryKind kind
         llama_pos pos_min(llama_seq_id seq) except +

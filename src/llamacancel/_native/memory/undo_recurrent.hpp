@@ -6,11 +6,11 @@
 #include <utility>
 #include <vector>
 
-#include "memory/copy.hpp"
 #include "ggml-backend.h"
 #include "llama-impl.h"
 #include "llama-memory-recurrent.h"
-#include "memory/memory.hpp"
+#include "memory/copy.hpp"
+#include "memory/undo.hpp"
 #include "process/team.hpp"
 
 namespace llamacancel {
@@ -93,8 +93,8 @@ struct Undo::Recurrent {
         return true;
     }
 
-    // The graph begins new sequences with a cell that it multiplies by zero. What lay there would leave the signs of its
-    // zeros, or NaN.
+    // The graph begins new sequences with a cell that it multiplies by zero. What lay there would leave the signs of
+    // its zeros, or NaN.
     void clear_zero() {
         if (zero >= 0) {
             visit(zero, [](ggml_tensor * tensor, size_t offset, size_t size) {
@@ -117,7 +117,7 @@ struct Undo::Recurrent {
         uint8_t * const to = data.data() + rows.size() * cell_bytes;
         rows.push_back(cell);
         const int n = is_large ? n_threads : 1;
-        share(n, n, [&](int i) { copy_part(cell, to, cell_bytes * i / n, cell_bytes * (i + 1) / n); });
+        on_team(n, n, [&](int i) { copy_part(cell, to, cell_bytes * i / n, cell_bytes * (i + 1) / n); });
     }
 
     // Copies the bytes from `begin` to `end` of a cell's state, all tensors' in a row, to their place from `to` on.

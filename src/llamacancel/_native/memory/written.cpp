@@ -8,39 +8,13 @@
 #include "ggml.h"
 #include "llama-kv-cache.h"
 #include "llama-memory-recurrent.h"
+#include "memory/fields.hpp"
 
 namespace llamacancel {
 
 namespace {
 
-// As in memory.cpp: private members may be named in an explicit instantiation.
-template <typename Tag, auto Member>
-struct Expose {
-    friend constexpr auto expose(Tag) { return Member; }
-};
-struct LayersOf {
-    friend constexpr auto expose(LayersOf);
-};
-struct TransposedOf {
-    friend constexpr auto expose(TransposedOf);
-};
-struct CellsOf {
-    friend constexpr auto expose(CellsOf);
-};
-struct PendingOf {
-    friend constexpr auto expose(PendingOf);
-};
-template struct Expose<LayersOf, &llama_kv_cache::layers>;
-template struct Expose<TransposedOf, &llama_kv_cache::v_trans>;
-template struct Expose<CellsOf, &llama_kv_cache::v_cells_impl>;
-template struct Expose<PendingOf, &llama_kv_cache::sc_info>;
-
 constexpr size_t kPiece = 4 << 20;  // bytes between two looks
-
-const auto & layers_of(llama_kv_cache & cache) { return cache.*expose(LayersOf{}); }
-const llama_kv_cells & cells_of(llama_kv_cache & cache, uint32_t stream) {
-    return (*(cache.*expose(CellsOf{})))[stream];
-}
 
 bool is_host(const ggml_tensor * tensor) {
     return ggml_backend_buffer_is_host((tensor->view_src ? tensor->view_src : tensor)->buffer);
@@ -63,7 +37,7 @@ void for_each_part(const ggml_tensor * tensor, bool transposed, uint32_t first, 
 
 }  // namespace
 
-Written::Written(const Memory & memory) : memory_(memory) {
+Written::Written(const MemoryParts & memory) : memory_(memory) {
     for (llama_kv_cache * cache : memory.caches) {
         ends_.emplace_back(cache->get_n_stream(), 0);
     }
@@ -72,7 +46,7 @@ Written::Written(const Memory & memory) : memory_(memory) {
 void Written::look(uint32_t ahead) {
     for (size_t i = 0; i < ends_.size(); ++i) {
         for (uint32_t stream = 0; stream < ends_[i].size(); ++stream) {
-            const llama_kv_cells & cells = cells_of(*memory_.caches[i], stream);
+            const llama_kv_cells & cells = cells_of(*memory_.caches[i])[stream];
             uint32_t & end = ends_[i][stream];
             end = std::min(std::max(end, cells.used_max_p1()) + ahead, cells.size());
         }
@@ -113,9 +87,8 @@ void Written::clear(const std::function<bool()> & stop) {
         for (uint32_t stream = 0; stream < ends_[i].size(); ++stream) {
             size_t done = kPiece;
             for (const auto & layer : layers) {
-                for (const auto & [tensor, transposed] :
-                     {std::pair{layer.k_stream[stream], false},
-                      std::pair{layer.v_stream[stream], cache.*expose(TransposedOf{})}}) {
+                for (const auto & [tensor, transposed] : {std::pair{layer.k_stream[stream], false},
+                                                          std::pair{layer.v_stream[stream], is_transposed(cache)}}) {
                     if (!tensor) {
                         continue;
                     }
@@ -134,23 +107,23 @@ void Written::clear(const std::function<bool()> & stop) {
     }
 }
 
-void copy_streams(const Memory & memory, llama_seq_id from, llama_seq_id to, const std::function<void()> & poll) {
+void copy_streams(const MemoryParts & memory, llama_seq_id from, llama_seq_id to, const std::function<void()> & poll) {
     memory.memory->seq_cp(from, to, -1, -1);
     for (llama_kv_cache * cache : memory.caches) {
-        cache->*expose(PendingOf{}) = {};  // llama.cpp would copy the whole of both
+        drop_pending_copies(*cache);  // llama.cpp would copy the whole of both
     }
     for (llama_kv_cache * cache : memory.caches) {
         const uint32_t source = cache->get_stream(from), target = cache->get_stream(to);
-        const llama_kv_cells & cells = cells_of(*cache, source);
-        std::vector<std::pair<uint32_t, uint32_t>> runs;  // cells that follow one another, from and to
+        const llama_kv_cells & cells = cells_of(*cache)[source];
+        std::vector<std::pair<uint32_t, uint32_t>> stretches;  // cells that follow one another, from and to
         for (uint32_t cell = cells.used_min(); cell < cells.used_max_p1(); ++cell) {
             if (!cells.seq_has(cell, from)) {
                 continue;
             }
-            if (runs.empty() || runs.back().second != cell) {
-                runs.push_back({cell, cell});
+            if (stretches.empty() || stretches.back().second != cell) {
+                stretches.push_back({cell, cell});
             }
-            runs.back().second = cell + 1;
+            stretches.back().second = cell + 1;
         }
         const auto copy = [&](ggml_tensor * src, ggml_tensor * dst, bool transposed) {
             if (!src) {
@@ -161,7 +134,7 @@ void copy_streams(const Memory & memory, llama_seq_id from, llama_seq_id to, con
                 return ggml_backend_tensor_copy(src, dst);
             }
             size_t done = kPiece;
-            for (const auto & [first, last] : runs) {
+            for (const auto & [first, last] : stretches) {
                 for_each_part(src, transposed, first, last, [&](size_t offset, size_t size) {
                     if (done >= kPiece) {
                         poll();
@@ -175,7 +148,7 @@ void copy_streams(const Memory & memory, llama_seq_id from, llama_seq_id to, con
         };
         for (const auto & layer : layers_of(*cache)) {
             copy(layer.k_stream[source], layer.k_stream[target], false);
-            copy(layer.v_stream[source], layer.v_stream[target], cache->*expose(TransposedOf{}));
+            copy(layer.v_stream[source], layer.v_stream[target], is_transposed(*cache));
         }
     }
 }

@@ -13,7 +13,7 @@ namespace llamacancel {
 // holds is masked, but 0 times NaN is NaN, so that a cache is empty to the bit only where it is zero.
 class Written {
 public:
-    explicit Written(const Memory & memory);
+    explicit Written(const MemoryParts & memory);
 
     // To be called before cells that are in use may be freed. `ahead`: cells that are about to be written.
     void look(uint32_t ahead = 0);
@@ -25,12 +25,12 @@ public:
     void clear(const std::function<bool()> & stop);
 
 private:
-    const Memory & memory_;
+    const MemoryParts & memory_;
     std::vector<std::vector<uint32_t>> ends_;  // by cache and stream
 };
 
-// Gives `to` what `from` holds, each in a cache of its own; `to` holds nothing. Copies the cells that are held, and asks
-// `poll` between them, which may throw: then `to` is to be removed.
-void copy_streams(const Memory & memory, llama_seq_id from, llama_seq_id to, const std::function<void()> & poll);
+// Gives `to` what `from` holds, each in a cache of its own; `to` holds nothing. Copies the cells that are held, and
+// asks `poll` between them, which may throw: then `to` is to be removed.
+void copy_streams(const MemoryParts & memory, llama_seq_id from, llama_seq_id to, const std::function<void()> & poll);
 
 }  // namespace llamacancel

@@ -12,8 +12,9 @@
 
 #include "ggml-cpu.h"
 #include "gguf.h"
-#include "process/guard.hpp"
 #include "llama.h"
+#include "process/assertions.hpp"
+#include "process/log.hpp"
 #include "process/steps.hpp"
 
 namespace llamacancel {
@@ -242,7 +243,8 @@ std::string Files::check(const std::string & path, bool adapter, Call & call) {
         int64_t ignored = 1;
         problem = check_part(name, Kind::Part, call, ignored);
         if (!problem.empty()) {
-            problem = "part " + std::to_string(part + 1) + " of " + std::to_string(n_parts) + ", " + name + ": " + problem;
+            problem =
+                "part " + std::to_string(part + 1) + " of " + std::to_string(n_parts) + ", " + name + ": " + problem;
         }
     }
     return problem;
@@ -271,7 +273,7 @@ std::string Files::check_part(const std::string & path, Kind kind, Call & call, 
     std::rewind(file.get());
     clear_errors();
     try {
-        AssertionGuard guard;
+        AssertionsThrow net;
         Reader reader{file.get(), call, digest_};
         ggml_context * descriptions = nullptr;
         const Gguf gguf(gguf_init_from_callback(Reader::read, &reader, 1 << 20, info.st_size,

@@ -1,16 +1,21 @@
+#include "model/model.hpp"
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <future>
 
-#include "model/model.hpp"
-#include "model/files.hpp"
 #include "ggml-backend.h"
 #include "llama-context.h"
 #include "llama-graph.h"
 #include "llama-model.h"
 #include "llama-vocab.h"
+#include "model/files.hpp"
+#include "process/assertions.hpp"
+#include "process/exit.hpp"
+#include "process/log.hpp"
 #include "process/steps.hpp"
+#include "words/vocabulary.hpp"
 
 namespace llamacancel {
 
@@ -89,31 +94,6 @@ std::string check_node(const ggml_tensor * node) {
     return "";
 }
 
-// llama.cpp's RWKV tokenizer never ends at a byte that begins a token and is none itself.
-std::string check_vocab(const ModelBox & box, Call & call) {
-    if (llama_vocab_type(box.vocab()) != LLAMA_VOCAB_TYPE_RWKV) {
-        return "";
-    }
-    bool begins[256] = {}, alone[256] = {};
-    for (llama_token token = 0; token < llama_vocab_n_tokens(box.vocab()); ++token) {
-        const std::string piece = box.piece(token, true);
-        if (token % 1024 == 0 && call.should_stop()) {
-            throw Stopped{};
-        }
-        if (!piece.empty()) {
-            const uint8_t first = piece[0];
-            begins[first] = true;
-            alone[first] = alone[first] || piece.size() == 1;
-        }
-    }
-    for (int byte = 0; byte < 256; ++byte) {
-        if (begins[byte] && !alone[byte]) {
-            return "the RWKV vocabulary has no token for the single byte " + std::to_string(byte);
-        }
-    }
-    return "";
-}
-
 std::string lost_among(const std::vector<std::shared_ptr<RpcServer>> & servers) {
     for (const auto & server : servers) {
         if (server->lost()) {
@@ -140,10 +120,10 @@ struct LoadProgress {
     void * report_arg;
     bool stopped = false;
 
-    static bool callback(float share, void * data) {
+    static bool callback(float fraction, void * data) {
         LoadProgress & self = *static_cast<LoadProgress *>(data);
         self.stopped = self.stopped || exiting() || self.call.should_stop() ||
-                       (self.report && !self.report(share, self.report_arg));
+                       (self.report && !self.report(fraction, self.report_arg));
         return !self.stopped;
     }
 };
@@ -154,8 +134,8 @@ Status ModelBox::load(const std::string & path, llama_model_params params, const
                       Call & call, llama_progress_callback progress, void * progress_arg,
                       std::shared_ptr<ModelBox> & box, std::string & message) {
     const InFlight in_flight;
-    LoadProgress state{call, progress, progress_arg};
-    if (!LoadProgress::callback(0.0f, &state)) {
+    LoadProgress loading{call, progress, progress_arg};
+    if (!LoadProgress::callback(0.0f, &loading)) {
         return Status::Cancelled;
     }
     Files files;
@@ -192,7 +172,7 @@ Status ModelBox::load(const std::string & path, llama_model_params params, const
         params.devices = devices.data();
     }
     params.progress_callback = LoadProgress::callback;
-    params.progress_callback_user_data = &state;
+    params.progress_callback_user_data = &loading;
     clear_errors();
     llama_model * model = nullptr;
     try {
@@ -208,7 +188,7 @@ Status ModelBox::load(const std::string & path, llama_model_params params, const
         // llama.cpp has devices compute large ubatches even of layers that are on the CPU (`op_offload`).
         box.reset(new ModelBox(model, model->devices.empty(), servers));
     }
-    if (state.stopped || call.should_stop()) {
+    if (loading.stopped || call.should_stop()) {
         box.reset();
         return Status::Cancelled;
     }
@@ -221,7 +201,7 @@ Status ModelBox::load(const std::string & path, llama_model_params params, const
     }
     try {
         const CountedSteps counted(call);
-        message = check_vocab(*box, call);
+        message = check_vocabulary(box->vocab(), call);
         if (message.empty() && !params.vocab_only) {
             message = box->try_out();
             box->identity_ = files.identity(call);
@@ -250,7 +230,7 @@ std::string ModelBox::try_out() {
     if (!ctx) {
         return "";  // making a context will say why
     }
-    memory_kind_ = Memory(llama_get_memory(ctx.get()), false).kind;
+    memory_kind_ = MemoryParts(llama_get_memory(ctx.get()), false).kind;
     ggml_cgraph * graph = ctx->get_gf_res_reserve()->get_gf();
     for (int i = 0; graph && i < ggml_graph_n_nodes(graph); ++i) {
         const std::string problem = check_node(ggml_graph_node(graph, i));
@@ -283,75 +263,6 @@ int32_t ModelBox::max_positions() const noexcept {
 }
 
 bool ModelBox::causal() const noexcept { return model_->hparams.causal_attn; }
-
-Status ModelBox::tokenize(const std::string & text, bool add_special, bool parse_special, Call & call,
-                          std::vector<llama_token> & tokens, std::string & message) const {
-    try {
-        const CountedSteps counted(call);
-        tokens.resize(text.size() + 2);
-        int32_t n =
-            llama_tokenize(vocab(), text.data(), text.size(), tokens.data(), tokens.size(), add_special, parse_special);
-        if (n < 0) {
-            tokens.resize(-n);
-            n = llama_tokenize(vocab(), text.data(), text.size(), tokens.data(), tokens.size(), add_special,
-                               parse_special);
-        }
-        tokens.resize(std::max(n, 0));
-        return Status::Done;
-    } catch (const Stopped &) {
-        return Status::Cancelled;
-    } catch (const StackTooSmall &) {
-        message = "a run of characters that the vocabulary's pattern takes as one is too long for this thread's stack";
-        return Status::Invalid;
-    } catch (const std::exception & error) {
-        message = error.what();
-        return Status::Failed;
-    }
-}
-
-Status ModelBox::detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special,
-                            Call & call, std::string & text, std::string & message) const {
-    try {
-        CountedSteps counted(call);
-        if (llama_vocab_type(vocab()) == LLAMA_VOCAB_TYPE_NONE) {
-            return Status::Done;
-        }
-        size_t most = 0;
-        for (int32_t i = 0; i < n; ++i) {
-            if (i % 1024 == 0) {
-                counted.add(1024 / 16);
-            }
-            most += vocab()->token_to_piece(tokens[i]).size();
-        }
-        if (most > INT32_MAX) {
-            throw std::runtime_error("it would be longer than 2^31 bytes");
-        }
-        text.resize(most + 1);
-        const int32_t size =
-            llama_detokenize(vocab(), tokens, n, text.data(), text.size(), remove_special, unparse_special);
-        if (size < 0) {
-            throw std::runtime_error("it is longer than its pieces are");
-        }
-        text.resize(size);
-        return Status::Done;
-    } catch (const Stopped &) {
-        return Status::Cancelled;
-    } catch (const std::exception & error) {
-        message = error.what();
-        return Status::Failed;
-    }
-}
-
-std::string ModelBox::piece(llama_token token, bool special) const {
-    std::string text(64, '\0');
-    int32_t size = llama_token_to_piece(vocab(), token, text.data(), text.size(), 0, special);
-    if (size < 0) {
-        text.resize(-size);
-        size = llama_token_to_piece(vocab(), token, text.data(), text.size(), 0, special);
-    }
-    text.resize(std::max(size, 0));
-    return text;
-}
 
 Status ModelBox::load_adapter(const std::string & path, Call & call, llama_adapter_lora *& adapter,
                               std::string & identity, std::string & message) {
@@ -413,7 +324,7 @@ Status ModelBox::gap_cost(int32_t n_threads, Call & call, GapCost & cost) {
         // the context and another decodes, a team that is left behind slows down the other.
         std::atomic<bool> stop{false};
         std::future<GapCost> measured = std::async(std::launch::async, [&] {
-            const AssertionGuard guard;
+            const AssertionsThrow net;
             return measure_gap_cost(model_, n_threads, on_cpu_, max_positions(), stop);
         });
         while (measured.wait_for(kBetweenLooks) != std::future_status::ready) {

@@ -1,4 +1,4 @@
-// The owning box of a model: its weights, its vocabulary, its adapters. Contexts hold a share of it.
+// The owning box of a model: its weights, its vocabulary, its adapters. Contexts hold it, too.
 #pragma once
 
 #include <map>
@@ -9,17 +9,17 @@
 
 #include "cancel/call.hpp"
 #include "far/rpc.hpp"
-#include "guard/cut.hpp"
 #include "llama.h"
 #include "memory/memory.hpp"
+#include "model/gap.hpp"
 #include "process/status.hpp"
 
 namespace llamacancel {
 
 class ModelBox {
 public:
-    // Loads under `call`; `progress`, if any, is called with a share of 0 to 1 and stops the load by returning false.
-    // `rpc_servers`: "host:port" of workers that get layers before this machine's GPUs do.
+    // Loads under `call`; `progress`, if any, is called with a fraction of 0 to 1 and stops the load by returning
+    // false. `rpc_servers`: "host:port" of workers that get layers before this machine's GPUs do.
     static Status load(const std::string & path, llama_model_params params,
                        const std::vector<std::string> & rpc_servers, Call & call, llama_progress_callback progress,
                        void * progress_arg, std::shared_ptr<ModelBox> & box, std::string & message);
@@ -32,19 +32,12 @@ public:
     bool on_cpu() const noexcept { return on_cpu_; }
     std::string lost_server() const;  // what to say when the connection to a worker was lost; "" while none was
     void confirm() const noexcept;    // waits until the workers have done what they were sent
-    MemoryKind memory_kind() const noexcept { return memory_kind_; }  // of its contexts
+    MemoryKind memory_kind() const noexcept { return memory_kind_; }     // of its contexts
     const std::string & identity() const noexcept { return identity_; }  // of its weights, see Files::identity()
-    uint32_t positions_per_embd() const noexcept;                     // more than one for M-RoPE
-    bool has_weights() const noexcept;                                // false if loaded with vocab_only
-    int32_t max_positions() const noexcept;                           // in a learned table of them; 0 without one
+    uint32_t positions_per_embd() const noexcept;                        // more than one for M-RoPE
+    bool has_weights() const noexcept;                                   // false if loaded with vocab_only
+    int32_t max_positions() const noexcept;                              // in a learned table of them; 0 without one
     bool causal() const noexcept;  // false for encoders, whose batches are computed in one piece
-
-    // Tokens of `text`, or the text of tokens; Status::Failed with a message where the vocabulary cannot.
-    Status tokenize(const std::string & text, bool add_special, bool parse_special, Call & call,
-                    std::vector<llama_token> & tokens, std::string & message) const;
-    Status detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special,
-                      Call & call, std::string & text, std::string & message) const;
-    std::string piece(llama_token token, bool special) const;
 
     // A LoRA adapter, to be freed before the model; `identity` tells it from others as identity() does models.
     Status load_adapter(const std::string & path, Call & call, llama_adapter_lora *& adapter, std::string & identity,

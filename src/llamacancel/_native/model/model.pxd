@@ -7,11 +7,10 @@ from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from ..cancel.call cimport Call
-from ..guard.cut cimport GapCost
-from ..llama cimport (
-    llama_adapter_lora, llama_model, llama_model_params, llama_token, llama_vocab)
+from ..llama cimport llama_adapter_lora, llama_model, llama_model_params, llama_vocab
 from ..memory.memory cimport MemoryKind
 from ..process.status cimport Status
+from .gap cimport GapCost
 
 
 ctypedef bool (*ProgressCallback)(float, void *) noexcept nogil
@@ -31,11 +30,6 @@ cdef extern from "model/model.hpp" namespace "llamacancel" nogil:
         bool causal() noexcept
         MemoryKind memory_kind() noexcept
         Status gap_cost(int32_t n_threads, Call & call, GapCost & cost) except +
-        Status tokenize(const string & text, bool add_special, bool parse_special, Call & call,
-                        vector[llama_token] & tokens, string & message) except +
-        Status detokenize(const llama_token * tokens, int32_t n, bool remove_special, bool unparse_special,
-                          Call & call, string & text, string & message) except +
-        string piece(llama_token token, bool special) except +
         Status load_adapter(const string & path, Call & call, llama_adapter_lora * & adapter, string & identity,
                             string & message) except +
         void free_adapter(llama_adapter_lora * adapter) except +

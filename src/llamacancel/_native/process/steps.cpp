@@ -5,6 +5,7 @@
 #endif
 
 #include "llama-impl.h"
+#include "process/exit.hpp"
 
 namespace llamacancel {
 

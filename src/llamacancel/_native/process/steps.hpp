@@ -9,7 +9,8 @@
 #include <stdexcept>
 
 #include "cancel/call.hpp"
-#include "process/guard.hpp"
+#include "process/assertions.hpp"
+#include "process/exit.hpp"
 
 namespace llamacancel {
 
@@ -25,8 +26,8 @@ struct StackTooSmall : std::runtime_error {
 };
 
 // While one of these lives, llama.cpp's loops on this thread throw Stopped once `call` is to stop, TooManySteps after
-// `most` steps, and StackTooSmall before a recursion ends the thread's stack. They nest: a signal handler may make a call
-// within one, and the outer one counts on afterwards.
+// `most` steps, and StackTooSmall before a recursion ends the thread's stack. They nest: a signal handler may make a
+// call within one, and the outer one counts on afterwards.
 class CountedSteps {
 public:
     static constexpr uint64_t kAny = UINT64_MAX;
@@ -47,7 +48,7 @@ private:
     static void listen() noexcept;
 
     const InFlight in_flight_;
-    const AssertionGuard guard_;
+    const AssertionsThrow guard_;
     Call & call_;
     const bool at_exit_;  // begun on the thread that ends the process, which is to finish
     const uint64_t most_;

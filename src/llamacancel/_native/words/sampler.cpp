@@ -9,6 +9,9 @@
 #include <vector>
 
 #include "llama-grammar.h"
+#include "process/assertions.hpp"
+#include "process/exit.hpp"
+#include "process/log.hpp"
 #include "process/steps.hpp"
 #include "process/team.hpp"
 
@@ -389,7 +392,7 @@ void sample(Draw & draw, int32_t n_vocab) {
 }
 
 void sample(std::vector<Draw> & draws, int32_t n_vocab, int n_threads) {
-    share(n_threads, static_cast<int>(draws.size()), [&](int i) { sample(draws[i], n_vocab); });
+    on_team(n_threads, static_cast<int>(draws.size()), [&](int i) { sample(draws[i], n_vocab); });
 }
 
 Status accept(llama_sampler * chain, llama_token token, std::string & message, uint64_t & steps) {
@@ -400,7 +403,7 @@ Status accept(llama_sampler * chain, llama_token token, std::string & message, u
 
 void reset(llama_sampler * chain) {
     const InFlight in_flight;
-    const AssertionGuard guard;
+    const AssertionsThrow net;
     llama_sampler_reset(chain);
 }
 

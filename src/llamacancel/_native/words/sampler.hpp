@@ -28,9 +28,9 @@ struct Draw {
     std::vector<std::pair<llama_token, double>> top;  // the likeliest tokens first, the lower id of two that are equal
 };
 
-// Applies the chain to the row's logits, those of the tokens alone that the mask allows, draws a token and tells the chain of it. Status::Invalid with a message where
-// the logits are no numbers, where no token is left to draw, where the grammar is too ambiguous, or where an assertion
-// of llama.cpp fails. Status::Cancelled leaves the chain as it was.
+// Applies the chain to the row's logits, those of the tokens alone that the mask allows, draws a token and tells the
+// chain of it. Status::Invalid with a message where the logits are no numbers, where no token is left to draw, where
+// the grammar is too ambiguous, or where an assertion of llama.cpp fails. Status::Cancelled leaves the chain as it was.
 void sample(Draw & draw, int32_t n_vocab);
 
 // The same for several rows with as many chains, shared among `n_threads` threads.

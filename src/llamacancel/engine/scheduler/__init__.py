@@ -2,7 +2,7 @@
 
 from .cells import Cells
 from .flight import Flight
-from .plan import Clear, Copy, Cut, Fault, Outcome, Plan, Rows, Sampled
+from .plan import Clear, Copy, Fault, Outcome, Plan, Rows, Sampled, Trim
 from .policy import Limits, Pace, place_of
 from .prefix import MemoryRules
 from .request import FinishReason, Request, RequestState
@@ -13,7 +13,6 @@ __all__ = [
     "Cells",
     "Clear",
     "Copy",
-    "Cut",
     "Fault",
     "FinishReason",
     "Flight",
@@ -28,5 +27,6 @@ __all__ = [
     "Sampled",
     "Scheduler",
     "Sequence",
+    "Trim",
     "place_of",
 ]

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 __all__ = ["Cells"]
 
 
-class _Run:
-    """Consecutive cells with the same owners. `users`: sequences that end here, and runs that follow on it."""
+class _Stretch:
+    """Consecutive cells with the same owners. `users`: sequences that end here, and stretches that follow on it."""
 
     __slots__ = ("above", "length", "users")
 
-    def __init__(self, above: _Run | None, length: int, users: int) -> None:
+    def __init__(self, above: _Stretch | None, length: int, users: int) -> None:
         self.above = above
         self.length = length
         self.users = users
@@ -30,7 +30,7 @@ class Cells:
     def __init__(self, total: int | None) -> None:
         self.total = total
         self.used = 0
-        self._ends: dict[int, _Run] = {}
+        self._ends: dict[int, _Stretch] = {}
 
     @property
     def free(self) -> int | None:
@@ -39,29 +39,29 @@ class Cells:
 
     def grow(self, seq: int, n: int) -> None:
         """`seq` holds `n` more."""
-        run = self._ends.get(seq)
-        if run is not None and run.users == 1:
-            run.length += n
+        stretch = self._ends.get(seq)
+        if stretch is not None and stretch.users == 1:
+            stretch.length += n
         else:
-            self._ends[seq] = _Run(run, n, 1)  # takes the place of `seq` among the users of `run`
+            self._ends[seq] = _Stretch(stretch, n, 1)  # takes the place of `seq` among the users of `stretch`
         self.used += n
 
     def cut(self, seq: int, length: int) -> None:
         """`seq` holds its first `length` only."""
-        run = self._ends.pop(seq, None)
-        if run is None:
+        stretch = self._ends.pop(seq, None)
+        if stretch is None:
             return
-        end = self._ending_at(run, length)
+        end = self._ending_at(stretch, length)
         if end is not None:
             end.users += 1
             self._ends[seq] = end
-        self._release(run)
+        self._release(stretch)
 
     def copy(self, src: int, dst: int, length: int) -> None:
         """`dst` holds the first `length` of `src`, and nothing else."""
         self.cut(dst, 0)
-        run = self._ends.get(src)
-        end = self._ending_at(run, length) if run is not None else None
+        stretch = self._ends.get(src)
+        end = self._ending_at(stretch, length) if stretch is not None else None
         if end is not None:
             end.users += 1
             self._ends[dst] = end
@@ -80,43 +80,43 @@ class Cells:
         seen: set[int] = set()
         total = 0
         for seq in seqs:
-            run = self._ends.get(seq)
-            while run is not None and id(run) not in seen:
-                seen.add(id(run))
-                total += run.length
-                run = run.above
+            stretch = self._ends.get(seq)
+            while stretch is not None and id(stretch) not in seen:
+                seen.add(id(stretch))
+                total += stretch.length
+                stretch = stretch.above
         return total
 
-    def _ending_at(self, run: _Run, length: int) -> _Run | None:
-        """The run on the way up from `run` that ends after `length` cells, split off where there is none."""
+    def _ending_at(self, stretch: _Stretch, length: int) -> _Stretch | None:
+        """The stretch on the way up from `stretch` that ends after `length` cells, split off where there is none."""
         if length <= 0:
             return None
-        end = _depth(run)
+        end = _depth(stretch)
         if length >= end:
-            return run
-        while end - run.length >= length:
-            end -= run.length
-            assert run.above is not None
-            run = run.above
+            return stretch
+        while end - stretch.length >= length:
+            end -= stretch.length
+            assert stretch.above is not None
+            stretch = stretch.above
         if end == length:
-            return run
-        upper = _Run(run.above, length - (end - run.length), 1)
-        run.length = end - length
-        run.above = upper
+            return stretch
+        upper = _Stretch(stretch.above, length - (end - stretch.length), 1)
+        stretch.length = end - length
+        stretch.above = upper
         return upper
 
-    def _release(self, run: _Run | None) -> None:
-        while run is not None:
-            run.users -= 1
-            if run.users:
+    def _release(self, stretch: _Stretch | None) -> None:
+        while stretch is not None:
+            stretch.users -= 1
+            if stretch.users:
                 return
-            self.used -= run.length
-            run = run.above
+            self.used -= stretch.length
+            stretch = stretch.above
 
 
-def _depth(run: _Run | None) -> int:
+def _depth(stretch: _Stretch | None) -> int:
     total = 0
-    while run is not None:
-        total += run.length
-        run = run.above
+    while stretch is not None:
+        total += stretch.length
+        stretch = stretch.above
     return total

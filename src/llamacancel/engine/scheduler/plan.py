@@ -8,7 +8,7 @@ from typing import Literal
 
 from .request import Request
 
-__all__ = ["Action", "Clear", "Copy", "Cut", "Fault", "Outcome", "Plan", "Rows", "Sampled"]
+__all__ = ["Action", "Clear", "Copy", "Fault", "Outcome", "Plan", "Rows", "Sampled", "Trim"]
 
 
 @dataclass(slots=True, frozen=True)
@@ -19,7 +19,7 @@ class Clear:
 
 
 @dataclass(slots=True, frozen=True)
-class Cut:
+class Trim:
     """Forget what a sequence holds beyond `length`."""
 
     seq: int
@@ -35,7 +35,7 @@ class Copy:
     length: int | None = None
 
 
-Action = Clear | Cut | Copy
+Action = Clear | Trim | Copy
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from ...errors import DecodeFailedError, MemoryFullError
 from . import policy
 from .cells import Cells
 from .flight import Flight
-from .plan import Action, Clear, Copy, Cut, Fault, Outcome, Plan, Rows
+from .plan import Action, Clear, Copy, Fault, Outcome, Plan, Rows, Trim
 from .policy import Limits, Pace
 from .prefix import MemoryRules, Reuse, common_prefix, find_reuse
 from .request import FinishReason, Request
@@ -415,7 +415,7 @@ class Scheduler:
 
     def _cut(self, seq: Sequence, length: int) -> None:
         if length < seq.held:
-            self._actions.append(Cut(seq.id, length))
+            self._actions.append(Trim(seq.id, length))
             self.cells.cut(seq.id, length)
             seq.held = length
 
