@@ -57,9 +57,10 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "names": {"work"},
         "desk": {"scheduler", "views", "work", "names"},
         "handle": {"scheduler", "usage", "views", "work"},
-        "generation": {"scheduler", "text", "usage", "work", "handle"},
+        "masks": set(),
+        "generation": {"scheduler", "text", "usage", "work", "handle", "masks"},
         "embedder": {"scheduler"},
-        "runner": {"scheduler", "work", "generation", "embedder"},
+        "runner": {"scheduler", "work", "generation", "embedder", "masks"},
         "thread": {"scheduler", "views", "work", "desk", "runner"},
         "engine": {
             "scheduler",

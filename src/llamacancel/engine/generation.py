@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..cancel import CancelToken, for_a_reader
 from ..llama import Model, Sampler
 from .handle import Handle
+from .masks import Mask
 from .scheduler import FinishReason, Request
 from .text import TextAssembler
 from .usage import Usage
@@ -121,6 +122,7 @@ class GenerationWork(Work):
         self.unread: deque[Piece] = deque()
         self._stop_tokens = stop_tokens
         self.logprobs = logprobs
+        self.mask: Mask | None = None  # what is being computed of what its constraint allows next
 
     @property
     def readable(self) -> bool:

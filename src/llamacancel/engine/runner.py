@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from ..cancel import CancelToken, for_a_reader, is_lost
@@ -19,6 +21,7 @@ from ..errors import (
 from ..llama import Batch, Context, DecodeResult, Model, Sampler, choose_tokens
 from .embedder import Embedder
 from .generation import EmbeddingWork, GenerationWork
+from .masks import Masks
 from .scheduler import Clear, Copy, Fault, MemoryRules, Outcome, Plan, Request, Rows, Sampled, Trim
 from .scheduler.plan import Action
 from .work import ending_of
@@ -104,6 +107,7 @@ class Runner:
         self._make_context = make_context
         self.embedder = embedder
         self.stop = CancelToken()
+        self._masks = Masks(os.cpu_count() or 1)
         self.n_ctx = self.n_batch = self.n_ubatch = 1
         self.unified = True
         self.cells: int | None = None
@@ -123,6 +127,7 @@ class Runner:
 
     def close(self) -> None:
         """Free the contexts."""
+        self._masks.close()
         if self._make_context is not None:
             self.context.close()
         self.embedder.close()
@@ -195,6 +200,7 @@ class Runner:
         last_rows = self._fill(planned)
         tokens = {rows.slot: rows.request.owner.token_until(self.stop) for rows in planned}
         began = time.perf_counter()
+        self._begin_masks(planned)
         try:
             when = "finish" if plan.whole else "stop"
             result = self._compute(self.context, self._batch, tokens, on_cancel="keep", when_shared=when)
@@ -215,6 +221,17 @@ class Runner:
     def _compute(self, context: Context, batch: Batch, tokens: dict[int, CancelToken], **how: Any) -> DecodeResult:
         """The native call: all that this class does is around it."""
         return context.decode(batch, tokens, **how)
+
+    def _begin_masks(self, planned: list[Rows]) -> None:
+        """Has what constraints allow next computed while llama.cpp computes. What fails is met again by `_sample`.
+
+        One whose step is not sampled, because it was stopped or cancelled, goes on by itself.
+        """
+        for rows in planned:
+            work: GenerationWork = rows.request.owner
+            if rows.output and work.mask is None and work.sampler is not None and work.sampler._lacks_mask:
+                with suppress(RuntimeError):  # no more threads, say
+                    work.mask = self._masks.begin(work.sampler, work.token)
 
     def _fill(self, planned: list[Rows]) -> list[int]:
         """Puts the rows into the batch; the index of the last row of each."""
@@ -277,6 +294,10 @@ class Runner:
             self._sample(due, outcome)
 
     def _sample(self, due: list[tuple[Rows, int, GenerationWork]], outcome: Outcome) -> None:
+        for _, _, work in due:
+            mask, work.mask = work.mask, None
+            if mask is not None:
+                mask.wait()
         for (rows, _, work), drawn in zip(due, self._choose(due), strict=True):
             try:
                 if isinstance(drawn, Exception):

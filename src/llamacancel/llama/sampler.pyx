@@ -4,7 +4,7 @@
 cimport cython
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, uint32_t, uint64_t
-from libcpp.memory cimport make_shared, shared_ptr
+from libcpp.memory cimport make_shared, shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 from posix.unistd cimport getpid
@@ -12,6 +12,7 @@ from posix.unistd cimport getpid
 from .._native.cancel.call cimport Call
 from .._native.llama cimport *
 from .._native.model.model cimport ModelBox
+from .._native.process.exit cimport InFlight
 from .._native.process.status cimport Status
 from .._native.words.sampler cimport Draw, accept, make_grammar, reset, sample, sample_rows
 from .._native.words.vocabulary cimport piece_of, tokenize
@@ -295,11 +296,37 @@ cdef class Sampler:
         draw.biases = self.biases.get()
         draw.logits = ctx._logits_of(row)
         if self.matcher is not None:
-            if not self.masked:
-                self.matcher.fill(<size_t> self.mask.data(), self.mask.size() * sizeof(uint32_t))
-                self.masked = True
+            self._fill_mask()
             draw.mask = self.mask.data()
         return 0
+
+    cdef int _fill_mask(self) except -1:
+        """Has the constraint tell what it allows next, if that is not known."""
+        cdef unique_ptr[InFlight] flight  # llguidance must not meet the interpreter's end
+        if self.masked:
+            return 0
+        with nogil:
+            flight.reset(new InFlight())
+        try:
+            self.matcher.fill(<size_t> self.mask.data(), self.mask.size() * sizeof(uint32_t))
+            self.masked = True
+        finally:
+            with nogil:
+                flight.reset()
+        return 0
+
+    @property
+    def _lacks_mask(self):
+        """Whether there is a constraint that has not told yet what it allows next."""
+        return self.matcher is not None and not self.masked
+
+    def _make_mask(self):
+        """What `sample()` does first, for those who have time for it before: while the logits are computed."""
+        self._enter("mask")
+        try:
+            self._fill_mask()
+        finally:
+            self.busy = False
 
     cdef int _follow(self, Draw & draw) except -1:
         """Takes the constraint on behind what was drawn."""
