@@ -12,7 +12,7 @@ import numpy as np
 
 import llamacancel as lc
 from llamacancel.commands.make_model import cached_model
-from llamacancel.engine.scheduler import Outcome, Plan
+from llamacancel.engine.scheduler import Outcome, Plan, Request
 
 GENERATIVE = ["llama", "swa", "mamba", "hybrid", "moe"]
 WHOLE_ONLY = ["swa", "mamba", "hybrid"]  # a state that cannot be cut back
@@ -111,7 +111,7 @@ def before_step(engine: lc.Engine, fn: Callable[[int, Plan], object]) -> None:
     run = runner.run
 
     def hooked(plan: Plan) -> Outcome:
-        if plan.rows or plan.embed:
+        if plan.rows:
             fn(next(count), plan)
         return run(plan)
 
@@ -149,18 +149,33 @@ def together(engine: lc.Engine) -> Iterator[None]:
         open_.set()
 
 
-class Gate:
-    """Holds the engine's thread before a step, until it is opened or its `with` statement ends."""
+def before_batch(engine: lc.Engine, fn: Callable[[int, list[Request]], object]) -> None:
+    """Calls `fn(number, texts)` on the embedder's thread before each batch of texts, counted from 0 here."""
+    embedder, count = engine._core.embedder, iter(range(1 << 60))
+    run = embedder._run
 
-    def __init__(self, engine: lc.Engine, at: int = 0) -> None:
+    def hooked(texts: list[Request], stop: lc.CancelToken) -> Outcome:
+        fn(next(count), texts)
+        return run(texts, stop)
+
+    embedder._run = hooked  # type: ignore[method-assign]
+
+
+class Gate:
+    """Holds the engine's thread before a step, until it is opened or its `with` statement ends.
+
+    With `texts` it holds the embedder's thread, before a batch of texts.
+    """
+
+    def __init__(self, engine: lc.Engine, at: int = 0, *, texts: bool = False) -> None:
         self.reached, self._open = threading.Event(), threading.Event()
 
-        def hold(number: int, plan: Plan) -> None:
+        def hold(number: int, _: object) -> None:
             if number == at:
                 self.reached.set()
                 assert self._open.wait(60), "nobody opened the gate"
 
-        before_step(engine, hold)
+        (before_batch if texts else before_step)(engine, hold)
 
     def open(self) -> None:
         self._open.set()

@@ -77,11 +77,28 @@ class FakeRunner:
         outcome = Outcome(seconds=0.01)
         for action in plan.actions:
             self._act(action, outcome)
-        assert not (plan.rows and plan.embed)
-        if plan.embed:
-            self._embed(plan, outcome)
-        elif plan.rows:
+        assert not plan.texts
+        if plan.rows:
             self._decode(plan, outcome)
+        return outcome
+
+    def embed(self, plan: Plan) -> Outcome:
+        """Does a batch of texts."""
+        assert plan == Plan(texts=plan.texts, began=plan.began)
+        assert plan.texts
+        outcome = Outcome(seconds=0.01)
+        if any(each.id in self.poison for each in plan.texts) or self._chance(self.chances.failed):
+            outcome.fault, outcome.error = Fault.FAILED, DecodeFailedError("it failed")
+            outcome.cancelled = self._cancelled(plan.texts)
+            return outcome
+        outcome.aborted = self._chance(self.chances.stopped)
+        for request in plan.texts:
+            if request.id in self.cancelled:
+                outcome.cancelled[request] = self.cancelled[request.id]
+            elif self._chance(self.chances.sampler):
+                outcome.failed[request] = ValueError("no vector")
+            elif not outcome.aborted:
+                outcome.embedded.append(request)
         return outcome
 
     def _chance(self, share: float) -> bool:
@@ -110,11 +127,9 @@ class FakeRunner:
                 outcome.lost.append(action.dst)
 
     def _fault(self, plan: Plan, outcome: Outcome) -> bool:
-        requests = [rows.request for rows in plan.rows] + plan.embed
+        requests = plan.requests
         if any(request.id in self.poison for request in requests) or self._chance(self.chances.failed):
             outcome.fault, outcome.error = Fault.FAILED, DecodeFailedError("it failed")
-        elif plan.embed:
-            return False  # it has a context of its own, with nothing in it that could be lost
         elif self._chance(self.chances.broken):
             outcome.fault, outcome.error = Fault.BROKEN, DecodeFailedError("it broke")
             self.cells.clear()
@@ -174,17 +189,6 @@ class FakeRunner:
                 continue
             token = next_token(self.content(rows.slot))
             outcome.sampled[rows.slot] = Sampled(token, token == END)
-
-    def _embed(self, plan: Plan, outcome: Outcome) -> None:
-        if self._fault(plan, outcome):
-            return
-        stopped = self._chance(self.chances.stopped)
-        outcome.aborted = stopped
-        for request in plan.embed:
-            if request.id in self.cancelled:
-                outcome.cancelled[request] = self.cancelled[request.id]
-            elif not stopped:
-                outcome.embedded.append(request)
 
 
 def request(name: str, prompt: Sequence[int], **attributes: Any) -> Request:

@@ -178,7 +178,7 @@ def test_a_task_cancelled_in_a_silent_prompt_stops_it_and_ends_when_the_slot_is_
 def test_an_embedding_whose_task_is_cancelled_is_dropped() -> None:
     async def main() -> None:
         async with aengine() as e:
-            with Gate(e.engine) as gate:
+            with Gate(e.engine, texts=True) as gate:
                 task = asyncio.ensure_future(e.embed(ids(10)))
                 await reached(gate)
                 task.cancel()

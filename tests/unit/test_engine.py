@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -419,20 +420,39 @@ def test_embeddings_are_those_that_each_text_has_alone(arch: str) -> None:
         assert embeddings[1].usage.prompt_tokens == 30
 
 
-def test_embeddings_and_generations_take_turns() -> None:
-    kinds: list[str] = []
-    with engine(slots=2, step_seconds=None) as e:
-        before_step(e, lambda number, plan: kinds.append("embed" if plan.embed else "rows"))
-        with Gate(e) as gate:
+def test_generations_go_on_while_texts_are_embedded_and_texts_while_a_step_is_computed() -> None:
+    with engine(slots=2) as e:
+        with Gate(e, texts=True) as texts_gate:
+            embedding = e.embed(ids(1000))
+            texts_gate.wait()
             generation = e.submit(ids(20), max_tokens=12, sampler=greedy(), logprobs=2)
+            generation.result(60)
+            assert not embedding.wait(0)
+            assert [view.id for view in e.snapshot().active] == [embedding.id]
+        assert embedding.result(60).shape
+        done = threading.Event()
+        embedder = e._core.embedder
+        compute = embedder._compute
+
+        def computed(*args: Any) -> Any:
+            result = compute(*args)
+            done.set()
+            return result
+
+        embedder._compute = computed  # type: ignore[method-assign]
+        with Gate(e) as gate, Gate(e, texts=True) as texts_gate:
+            embedding = e.embed(ids(1000))
+            texts_gate.wait()
+            generation_2 = e.submit(ids(20), max_tokens=12, sampler=greedy(), logprobs=2)
             gate.wait()
-            embeddings = [e.embed(ids(1000 - i, i)) for i in range(4)]
-        for each in embeddings:
-            each.result(60)
-        generation.result(60)
-    assert "embed embed" not in " ".join(kinds)
-    assert kinds.count("embed") == 2, "two of them fit into a batch"
-    assert same_answer("llama", generation, answer("llama", ids(20), 12))
+            texts_gate.open()
+            assert done.wait(60)
+        assert embedding.result(60).shape
+        generation_2.result(60)
+        snapshot = e.snapshot()
+        assert 0 < snapshot.decode_seconds <= snapshot.run_seconds
+    for each in (generation, generation_2):
+        assert same_answer("llama", each, answer("llama", ids(20), 12))
 
 
 def test_a_text_too_long_to_embed_is_refused() -> None:
@@ -450,12 +470,12 @@ def test_an_encoder_embeds_and_does_not_generate() -> None:
 
 def test_a_queued_embedding_is_cancelled_in_the_queue() -> None:
     with engine(slots=1) as e:
-        with Gate(e) as gate:
+        with Gate(e, texts=True) as gate:
             first = e.embed(ids(5))
             gate.wait()
             second = e.embed(ids(5))
             assert e.cancel(second.id, "not needed")
-            assert second.wait(0), "at once, whatever the engine does"
+            assert second.wait(60), "whatever is being embedded"
         first.result(60)
     assert (second.finish_reason, second.reason) == ("cancelled", "not needed")
     with pytest.raises(lc.DecodeCancelled, match="not needed"):

@@ -9,16 +9,26 @@ from typing import Any
 import pytest
 
 import llamacancel as lc
+from llamacancel.engine.embedder import Embedder
 from llamacancel.engine.generation import EmbeddingWork, GenerationWork
 from llamacancel.engine.runner import Runner, _StepBatch
 from tests.unit.engines import Gate, answer, engine, greedy, idle_slots, ids, same_answer
 
-NOT_A_STEPS = {"close", "upset", "_renew"}  # at the end; and what is done when something else has failed
-RUNNERS = sorted(name for name, fn in inspect.getmembers(Runner, inspect.isfunction) if not name.startswith("__"))
+
+def methods(of: type) -> list[str]:
+    return sorted(name for name, _ in inspect.getmembers(of, inspect.isfunction) if not name.startswith("__"))
+
+
+# At the end; what is done when something else has failed; what hands a batch over.
+NOT_A_STEPS = {"close", "upset", "_renew"}
+NOT_A_BATCHS = {"begin", "close", "_main", "_drop"}
+RUNNERS = methods(Runner)
+EMBEDDERS = [f"embedder.{name}" for name in methods(Embedder) if name not in NOT_A_BATCHS]
 OTHERS = [
     "batch.add_single_rows", "batch.add_sequence", "batch.clear", "memory.remove", "memory.copy", "memory.pos_max",
     "context.decode", "work.take", "work.token_until", "assembler.feed", "vocabulary", "choose_tokens",
-    "embedder.made", "embedder.decode", "embedder.pooled_embeddings", "embedder.memory.clear", "work.finish_text",
+    *EMBEDDERS, "embedder._make", "embedder.batch.add_sequence", "embedder.batch.clear", "embedder.context.decode",
+    "embedder.context.pooled_embeddings", "embedder.context.memory.clear", "work.finish_text",
 ]  # fmt: skip
 
 
@@ -52,8 +62,9 @@ class Stand:
 
 
 def test_the_list_is_whole() -> None:
-    """Each method of the runner is failed, but those that are not part of a step, or that clean up."""
+    """Each method is failed, but those that are not part of a step or of a batch of texts, or that clean up."""
     assert set(RUNNERS) > NOT_A_STEPS
+    assert set(methods(Embedder)) > NOT_A_BATCHS
     adds = {name for name, fn in inspect.getmembers(_StepBatch, inspect.isfunction) if name.startswith("add_")}
     assert {f"batch.{name}" for name in adds} <= set(OTHERS)
 
@@ -79,22 +90,8 @@ def put(e: lc.Engine, name: str, error: BaseException, at: int, patch: pytest.Mo
     elif name == "context.decode":
         once = Once(runner._compute, error, at)
         patch.setattr(runner, "_compute", once)
-    elif name == "embedder.made":
-        once = Once(runner.embedder._make, error, 1)
-        patch.setattr(runner.embedder, "_make", once)
     elif name.startswith("embedder."):
-        make = runner.embedder._make
-        once = Once(lambda: None, error, 1)
-
-        def made(token: lc.CancelToken | None) -> Any:
-            context = make(token)
-            if name == "embedder.memory.clear":
-                once.fn = context.memory.clear
-                return Stand(context, memory=Stand(context.memory, clear=once))
-            once.fn = getattr(context, name.partition(".")[2])
-            return Stand(context, **{name.partition(".")[2]: once})
-
-        patch.setattr(runner.embedder, "_make", made)
+        once = put_into_embedder(e._core.embedder, name.partition(".")[2], error, at, patch)
     elif name == "vocabulary":
         once = Once(e._vocabulary.__class__.__getitem__, error, at)
         patch.setattr(e._vocabulary.__class__, "__getitem__", lambda self, token: once(self, token))
@@ -112,6 +109,34 @@ def put(e: lc.Engine, name: str, error: BaseException, at: int, patch: pytest.Mo
         kind = GenerationWork if name == "work.take" else EmbeddingWork.__mro__[1]
         once = Once(getattr(kind, name[5:]), error, at)
         patch.setattr(kind, name[5:], lambda *args: once(*args))
+    return once
+
+
+def put_into_embedder(embedder: Embedder, name: str, error: BaseException, at: int, patch: pytest.MonkeyPatch) -> Once:
+    of, _, method = name.rpartition(".")
+    at = 2 if at > 1 else 1
+    if not of:
+        once = Once(getattr(embedder, name), error, at)
+        patch.setattr(embedder, name, once)
+        return once
+    once = Once(lambda: None, error, at)
+
+    def stand(what: Any) -> Any:
+        once.fn = getattr(what, method)
+        return Stand(what, **{method: once})
+
+    if of == "batch":
+        fill = embedder._fill
+        embedder._batch = stand(lc.Batch(2048))
+        patch.setattr(embedder, "_fill", lambda *args: fill(*args)._of)
+    else:
+        make = embedder._make
+
+        def made(token: lc.CancelToken | None) -> Any:
+            context = make(token)
+            return stand(context) if of == "context" else Stand(context, memory=stand(context.memory))
+
+        patch.setattr(embedder, "_make", made)
     return once
 
 
@@ -133,14 +158,14 @@ def test_a_callable_that_fails_once_ends_one_request_at_most_and_the_others_say_
                 generations = [e.submit(each, max_tokens=8, sampler=greedy(), logprobs=2) for each in prompts[:3]]
                 gate.wait()
                 generations += [e.submit(each, max_tokens=8, sampler=greedy(), logprobs=2) for each in prompts[3:]]
-                embeddings = [e.embed(ids(5, seed)) for seed in range(2)]
+                embeddings = [e.embed(ids(5, seed)) for seed in range(3)]
                 once.armed = True
             works: list[Any] = [*generations, *embeddings]
             for each in works:
                 assert each.wait(60)
             assert once.failed or at > 1 or name in RARE
             failed = [each for each in works if each.finish_reason == "error"]
-            assert len(failed) <= (2 if name.startswith(("embedder.", "_embed")) else 1), once.failed
+            assert len(failed) <= 1, once.failed
             for each in failed:
                 assert each.error is error or each.error.__cause__ is error
             for generation, prompt in zip(generations, prompts, strict=True):

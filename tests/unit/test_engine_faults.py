@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from tests.unit.engines import (
     GENERATIVE,
     Gate,
     answer,
+    endless,
     engine,
     greedy,
     idle_slots,
@@ -34,19 +35,25 @@ def _failing() -> Callable[..., lc.Engine]:
 
     def make(arch: str, decide: Decide, **params: Any) -> lc.Engine:
         e = engine(arch, **params)
-        numbers, compute = itertools.count(), e._core.runner._compute
-
-        def failing(context: lc.Context, batch: lc.Batch, tokens: Any, **how: Any) -> lc.DecodeResult:
-            seqs = sorted({seq for row in range(len(batch)) for seq in batch.seq_ids(row)})
-            error = decide(seqs, next(numbers))
-            if error is not None:
-                raise error
-            return compute(context, batch, tokens, **how)
-
-        e._core.runner._compute = failing  # type: ignore[method-assign]
+        numbers = itertools.count()
+        for computing in (e._core.runner, e._core.embedder):
+            _fail(computing, decide, numbers)
         return e
 
     return make
+
+
+def _fail(computing: Any, decide: Decide, numbers: Iterator[int]) -> None:
+    compute = computing._compute
+
+    def failing(context: lc.Context, batch: lc.Batch, tokens: Any, **how: Any) -> lc.DecodeResult:
+        seqs = sorted({seq for row in range(len(batch)) for seq in batch.seq_ids(row)})
+        error = decide(seqs, next(numbers))
+        if error is not None:
+            raise error
+        return compute(context, batch, tokens, **how)
+
+    computing._compute = failing
 
 
 def failed(text: str = "llama.cpp returned -3") -> lc.DecodeFailedError:
@@ -81,6 +88,23 @@ def test_an_engine_whose_model_has_lost_its_server_fails_as_a_whole_and_says_why
                 generation.result(60)
         with pytest.raises(lc.ClosedError, match="50052 was lost"):
             e.submit(ids(4))
+
+
+def test_an_engine_fails_as_a_whole_when_a_text_to_embed_finds_that_the_server_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost(*args: Any) -> lc.DecodeResult:
+        raise failed("the connection to the RPC server 127.0.0.1:50052 was lost: close it")
+
+    with engine(slots=2) as e:
+        monkeypatch.setattr(e._core.embedder, "_compute", lost)
+        generation = e.submit(ids(40), sampler=endless())
+        next(generation)
+        for each in (*(e.embed(ids(5)) for _ in range(2)), generation):
+            with pytest.raises(lc.ClosedError, match=r"the engine failed: .*50052 was lost"):
+                each.result(60)
+        with pytest.raises(lc.ClosedError, match="50052 was lost"):
+            e.embed(ids(4))
 
 
 def test_a_step_that_fails_once_is_done_again(failing: Callable[..., lc.Engine]) -> None:
@@ -183,8 +207,8 @@ def test_a_failed_batch_of_embeddings_is_done_again_one_by_one(failing: Callable
         return failed() if number in (1, 2) else None
 
     with failing("llama", decide, slots=3) as e:
-        with Gate(e) as gate:
-            first = e.submit(ids(3), max_tokens=1)
+        with Gate(e, texts=True) as gate:
+            first = e.embed(ids(3))
             gate.wait()
             embeddings = [e.embed(ids(n)) for n in (5, 7)]
         first.result(60)
@@ -203,6 +227,7 @@ def test_an_unexpected_error_with_every_step_ends_each_request_with_it_and_not_t
     with engine(slots=2) as e:
         with monkeypatch.context() as patch:
             patch.setattr(e._core.runner, "run", lambda plan: 1 / 0)
+            patch.setattr(e._core.embedder, "_run", lambda texts, stop: 1 / 0)
             requests = [*(e.submit(ids(5, seed), max_tokens=100) for seed in range(3)), e.embed(ids(5))]
             for request in requests:
                 with pytest.raises(ZeroDivisionError):

@@ -59,9 +59,9 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "handle": {"scheduler", "usage", "views", "work"},
         "masks": set(),
         "generation": {"scheduler", "text", "usage", "work", "handle", "masks"},
-        "embedder": {"scheduler"},
-        "runner": {"scheduler", "work", "generation", "embedder", "masks"},
-        "thread": {"scheduler", "views", "work", "desk", "runner"},
+        "embedder": {"scheduler", "desk", "generation", "work"},
+        "runner": {"scheduler", "work", "generation", "masks"},
+        "thread": {"scheduler", "views", "work", "desk", "runner", "embedder"},
         "engine": {
             "scheduler",
             "views",

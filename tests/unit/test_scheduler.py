@@ -48,6 +48,17 @@ class Bench:
     def cancel(self, request: Request, ending: Any = "cancelled") -> bool:
         return self.scheduler.cancel(request, ending, self.now)
 
+    def embed(self) -> Plan:
+        """The next batch of texts, from its beginning to its end."""
+        flight = self.scheduler.plan_texts(self.now)
+        if flight is None:
+            return Plan()
+        outcome = self.runner.embed(flight.plan)
+        outcome.seconds = self.step_seconds
+        self.now += self.step_seconds
+        self.scheduler.commit_texts(outcome, self.now)
+        return flight.plan
+
     def step(self) -> Plan:
         plan = self.scheduler.plan(self.now)
         if plan:
@@ -352,13 +363,58 @@ def test_several_prompts_share_a_step() -> None:
     assert rows_of(bench.step()) == {"p0": 30, "p1": 30, "p2": 30}
 
 
-def test_embeddings_and_generations_take_turns() -> None:
+def test_a_batch_of_texts_is_computed_while_steps_come_and_go() -> None:
     bench = Bench(slots=2, embed_rows=30, embed_sequences=2)
-    bench.submit("g", prompt(4), max_tokens=6)
-    for i in range(3):
-        bench.submit(f"e{i}", prompt(12, i), kind="embedding")
-    kinds = ["".join(sorted(each.id for each in plan.embed)) or "rows" for plan in bench.run()]
-    assert kinds[:4] == ["e0e1", "rows", "e2", "rows"]
+    generation = bench.submit("g", prompt(4), max_tokens=6)
+    texts = [bench.submit(f"e{i}", prompt(12, i), kind="embedding") for i in range(3)]
+    assert bench.scheduler.plan(bench.now).requests == [generation], "texts are none of a step's"
+    flight = bench.scheduler.plan_texts(bench.now)
+    assert flight is not None
+    assert bench.scheduler.embedding == flight.plan.requests == texts[:2]
+    bench.scheduler.commit(bench.runner.run(bench.scheduler.in_flight.plan), bench.now)
+    assert [rows_of(plan) for plan in bench.run()] == [{"g": 1}] * 5
+    assert not bench.scheduler.idle
+    assert bench.scheduler.plan_texts(bench.now) is None, "one batch at a time"
+    bench.scheduler.commit_texts(bench.runner.embed(flight.plan), bench.now)
+    assert bench.embed().texts == texts[2:]
+    assert bench.scheduler.idle
+    assert {each.finish_reason for each in texts} == {"stop"}
+
+
+def test_a_batch_has_as_many_texts_as_fit_and_one_where_the_context_is_not_there_yet() -> None:
+    bench = Bench(embed_rows=100, embed_sequences=3)
+    for i, n in enumerate((30, 30, 12, 12, 100, 1)):
+        bench.submit(f"e{i}", prompt(n, i), kind="embedding")
+    flight = bench.scheduler.plan_texts(0.0, alone=True)
+    assert flight is not None
+    assert len(flight.plan.texts) == 1
+    bench.scheduler.commit_texts(bench.runner.embed(flight.plan), 0.0)
+    assert [[each.n_prompt for each in bench.embed().texts] for _ in range(4)] == [[30, 12, 12], [100], [1], []]
+
+
+def test_a_text_that_is_computed_is_cancelled_by_its_batch_alone() -> None:
+    bench = Bench(embed_rows=100, embed_sequences=3)
+    texts = [bench.submit(f"e{i}", prompt(12, i), kind="embedding") for i in range(2)]
+    flight = bench.scheduler.plan_texts(0.0)
+    assert flight is not None
+    assert not bench.cancel(texts[0])
+    waiting = bench.submit("waiting", prompt(5), kind="embedding")
+    assert bench.cancel(waiting)
+    bench.runner.cancelled["e0"] = "deadline"
+    bench.scheduler.commit_texts(bench.runner.embed(flight.plan), 0.0)
+    assert [each.finish_reason for each in (*texts, waiting)] == ["deadline", "stop", "cancelled"]
+    assert bench.scheduler.idle
+
+
+def test_texts_of_a_batch_that_was_stopped_for_others_are_first_in_line_again() -> None:
+    bench = Bench(embed_rows=100, embed_sequences=2)
+    gone, stayed, behind = (bench.submit(name, prompt(12), kind="embedding") for name in ("gone", "stayed", "behind"))
+    flight = bench.scheduler.plan_texts(0.0)
+    assert flight is not None
+    outcome = Outcome(aborted=True, cancelled={gone: "cancelled"}, seconds=0.01)
+    bench.scheduler.commit_texts(outcome, 0.01)
+    assert stayed.state == "queued"
+    assert bench.embed().texts == [stayed, behind]
 
 
 def test_a_part_that_others_want_goes_on_to_its_end_unless_that_is_far() -> None:
@@ -478,22 +534,25 @@ def test_nothing_is_to_be_stopped_where_nobody_in_the_step_was_cancelled() -> No
 @pytest.mark.parametrize("kind", ["generation", "embedding"])
 def test_a_stopped_step_is_paid_for_with_what_it_cost_those_who_stayed(kind: Any) -> None:
     bench = Bench(slots=2, n_ubatch=2048, step_seconds=None, embed_rows=2000, embed_sequences=2)
-    for i in range(2):
-        bench.submit(f"before{i}", prompt(100, i), max_tokens=1, kind=kind)
-    bench.run()
-    pace = bench.scheduler.pace
-    pace.row_seconds = pace.embed_row_seconds = 0.001
+    scheduler = bench.scheduler
+    pace = scheduler.pace if kind == "generation" else scheduler.texts_pace
+    pace.row_seconds = 0.001
     patience = pace.patience
     for stayed, gone in ((600, 100), (100, 600)):
         requests = {
             name: bench.submit(name, prompt(n, n), max_tokens=1, kind=kind)
             for name, n in (("stayed", stayed), ("gone", gone))
         }
-        plan = bench.scheduler.plan(bench.now)
-        assert {each.id for each in plan.requests} == {"stayed", "gone"}
-        bench.runner.run(Plan(actions=plan.actions))
         outcome = Outcome(aborted=True, cancelled={requests["gone"]: "cancelled"}, seconds=0.3)
-        bench.scheduler.commit(outcome, bench.now)
+        if kind == "generation":
+            plan = scheduler.plan(bench.now)
+            assert {each.id for each in plan.requests} == {"stayed", "gone"}
+            bench.runner.run(Plan(actions=plan.actions))
+            scheduler.commit(outcome, bench.now)
+        else:
+            assert scheduler.plan_texts(bench.now)
+            assert {each.id for each in scheduler.embedding} == {"stayed", "gone"}
+            scheduler.commit_texts(outcome, bench.now)
         patience -= max(0.3 - 0.001 * gone, 0.0)
         assert pace.patience == pytest.approx(patience)
         bench.cancel(requests["stayed"])
@@ -564,21 +623,6 @@ def test_who_waits_for_a_prefix_leaves_the_slots_to_those_behind_and_keeps_its_p
     assert not bench.scheduler._behind
     for each in (first, *copies):
         assert each.tokens[400:] == answer(prompt(400), each.max_tokens, 5000)
-
-
-def test_a_batch_of_texts_takes_no_longer_than_a_step_beside_those_who_generate() -> None:
-    bench = Bench(slots=2, embed_rows=200, embed_sequences=8, step_seconds=0.1)
-    pace = bench.scheduler.pace
-    pace.embed_row_seconds = 0.004
-    bench.submit("g", prompt(4), max_tokens=6)
-    for i in range(4):
-        bench.submit(f"e{i}", prompt(12, i), kind="embedding")
-    bench.submit("long", prompt(100), kind="embedding")
-    sizes = [[each.n_prompt for each in plan.embed] for plan in bench.run() if plan.embed]
-    assert sizes[:3] == [[12, 12], [12, 12], [100]], "25 rows fit, and one that does not goes alone"
-    for i in range(4):
-        bench.submit(f"f{i}", prompt(12, i), kind="embedding")
-    assert [len(plan.embed) for plan in bench.run()] == [4], "nobody waits for it"
 
 
 def test_nobody_waits_for_a_prefix_of_lower_priority_or_one_that_is_given_up() -> None:
@@ -715,7 +759,8 @@ def test_a_poisoned_embedding_is_found_and_the_others_finish() -> None:
     bench = Bench(slots=4, embed_rows=100, embed_sequences=4)
     made = {name: bench.submit(name, prompt(20, i), kind="embedding") for i, name in enumerate("abcd")}
     bench.runner.poison = {"b"}
-    bench.run()
+    while bench.embed():
+        pass
     assert {name: each.finish_reason for name, each in made.items()} == {
         "a": "stop", "b": "error", "c": "stop", "d": "stop",
     }  # fmt: skip

@@ -72,6 +72,7 @@ class Schedules(RuleBasedStateMachine):
         self.told: set[str] = set()  # cancels that were accepted
         self.plan: Plan | None = None
         self.outcome: Outcome | None = None
+        self.vectors: Outcome | None = None  # what came of the batch of texts that is in flight
 
     # -- what may happen
 
@@ -95,12 +96,15 @@ class Schedules(RuleBasedStateMachine):
         if unfinished:
             self.runner.cancelled.setdefault(name, ending)
         if self.plan is None and (seen or not unfinished):  # the step may find out before the box is emptied
-            told = self.scheduler.cancel(self.accepted[name][0], self.runner.cancelled.get(name, ending), self.now)
-            assert told == unfinished
+            request = self.accepted[name][0]
+            is_computed = request in self.scheduler.embedding
+            told = self.scheduler.cancel(request, self.runner.cancelled.get(name, ending), self.now)
+            assert told == (unfinished and not is_computed)
             if told:
                 self.told.add(name)
-        if (flight := self.scheduler.in_flight) is not None:
-            flight.stops_inside([each.id in self.runner.cancelled for each in flight.plan.requests], self.now)
+        for flight in (self.scheduler.in_flight, self.scheduler.texts_in_flight):
+            if flight is not None:
+                flight.stops_inside([each.id in self.runner.cancelled for each in flight.plan.requests], self.now)
 
     @precondition(lambda self: self.plan is None)
     @rule()
@@ -108,8 +112,9 @@ class Schedules(RuleBasedStateMachine):
         plan = self.scheduler.plan(self.now)
         if plan:
             self.plan = plan
-        else:
-            assert self.scheduler.idle, "requests wait, and there is nothing to do"
+        elif not self.scheduler.embedding:
+            texts = [each for each in self.scheduler.queue if each.kind == "embedding"]
+            assert len(self.scheduler.queue) == len(texts), "requests wait, and there is nothing to do"
 
     @precondition(lambda self: self.plan is not None and self.outcome is None)
     @rule(seconds=st.floats(0.001, 1.0))
@@ -125,6 +130,37 @@ class Schedules(RuleBasedStateMachine):
         assert self.outcome is not None
         self.scheduler.commit(self.outcome, self.now)
         self.plan = self.outcome = None
+
+    @precondition(lambda self: self.plan is None)
+    @rule(alone=st.booleans())
+    def start_texts(self, alone: bool) -> None:
+        before = self.scheduler.texts_in_flight
+        texts = [each for each in self.scheduler.queue if each.kind == "embedding"]
+        flight = self.scheduler.plan_texts(self.now, alone)
+        assert (flight is not None) == (before is None and bool(texts))
+        if flight is not None:
+            assert len(flight.plan.texts) <= (1 if alone else self.limits.embed_sequences)
+            assert sum(each.n_prompt for each in flight.plan.texts) <= self.limits.embed_rows
+
+    @precondition(lambda self: self.scheduler.embedding and self.vectors is None)
+    @rule(seconds=st.floats(0.001, 1.0))
+    def run_texts(self, seconds: float) -> None:
+        assert self.scheduler.texts_in_flight is not None
+        self.vectors = self.runner.embed(self.scheduler.texts_in_flight.plan)
+        self.vectors.seconds = seconds
+
+    @precondition(lambda self: self.plan is None and self.vectors is not None)
+    @rule()
+    def end_texts(self) -> None:
+        assert self.vectors is not None
+        texts = self.scheduler.embedding
+        self.scheduler.commit_texts(self.vectors, self.now)
+        self.vectors = None
+        assert not self.scheduler.embedding
+        for each in texts:  # as the engine's thread does
+            if each.id in self.runner.cancelled:
+                self.scheduler.cancel(each, self.runner.cancelled[each.id], self.now)
+                assert each.state == "finished"
 
     @rule(seconds=st.floats(0, 20))
     def time_passes(self, seconds: float) -> None:
@@ -193,12 +229,18 @@ class Schedules(RuleBasedStateMachine):
         self.runner.chances = Chances()
         for _ in range(3000):
             if self.plan is None:
+                self.start_texts(False)
                 self.start_step()
-            if self.plan is None:
+            if self.scheduler.embedding and self.vectors is None:
+                self.run_texts(0.01)
+            if self.plan is not None:
+                if self.outcome is None:
+                    self.run_step(0.01)
+                self.end_step()
+            if self.vectors is not None:
+                self.end_texts()
+            if self.scheduler.idle:
                 break
-            if self.outcome is None:
-                self.run_step(0.01)
-            self.end_step()
         else:
             pytest.fail("the requests never end")
         self.nobody_is_lost_or_told_twice()

@@ -11,11 +11,47 @@ from queue import SimpleQueue
 from ..cancel import CancelToken
 from ..errors import ClosedError, QueueFullError
 from .names import Names
-from .scheduler import Flight, Request
+from .scheduler import Flight, Outcome, Request
 from .views import RequestView
 from .work import Work
 
-__all__ = ["Desk"]
+__all__ = ["Desk", "Watch"]
+
+
+class Watch:
+    """What a thread computes at this moment, for others who may have it stopped.
+
+    Attributes:
+        flight: What it computes; None in between.
+        stop: Cancelled to stop that, for all of its requests. Whatever is begun listens to the one that is here then.
+    """
+
+    def __init__(self) -> None:
+        self.flight: Flight | None = None
+        self.stop = CancelToken()
+
+    def begin(self, flight: Flight | None) -> CancelToken:
+        """It is computed from now on. Returns the token that stops it."""
+        if self.stop.cancelled:
+            self.stop = CancelToken()
+        self.flight = flight
+        return self.stop
+
+    def end(self) -> None:
+        """It is computed no more."""
+        self.flight = None
+
+    def stop_for(self, work: Work) -> None:
+        """Have it stopped for `work`, which was cancelled, if that pays."""
+        flight = self.flight
+        if flight is None:
+            return
+        requests = flight.plan.requests
+        if work.request not in requests:
+            return
+        gone = [request.owner.token.cancelled for request in requests]
+        if flight.stops_inside(gone, time.monotonic()) and self.flight is flight:
+            self.stop.cancel("others in the step were cancelled")
 
 
 class Desk:
@@ -30,14 +66,15 @@ class Desk:
         history: Finished requests to remember.
 
     Attributes:
-        box: What the engine's thread is to look at: requests that are new or were cancelled. None wakes it.
+        box: What the engine's thread is to look at: requests that are new or were cancelled, and what came of texts to
+            embed. None wakes it.
         works: The unfinished requests, the first to come first.
         recent: The last ones that finished.
         token: Cancelled to end all of them.
         closing: No new work is taken.
         over: Why nobody will look into the box any more; None as long as the engine's thread does.
-        flight: The step that is being computed.
-        stop: Cancelled to stop it, for all of its requests. Each step listens to the one that is here when it begins.
+        steps: Watches over the steps.
+        texts: Watches over the batches of texts to embed.
         thread: The engine's thread, once it runs.
         pid: The process that it is in.
     """
@@ -45,7 +82,7 @@ class Desk:
     def __init__(self, places: int, queue_limit: int, history: int) -> None:
         self._places = places
         self._queue_limit = queue_limit
-        self.box: SimpleQueue[Work | None] = SimpleQueue()
+        self.box: SimpleQueue[Work | Outcome | None] = SimpleQueue()
         self.works: dict[Request, Work] = {}
         self.recent: deque[RequestView] = deque(maxlen=history)
         self.names = Names()
@@ -53,8 +90,7 @@ class Desk:
         self.closing = False
         self.failure: BaseException | None = None
         self.over: ClosedError | None = None
-        self.flight: Flight | None = None
-        self.stop = CancelToken()
+        self.steps, self.texts = Watch(), Watch()
         self.thread: threading.Thread | None = None
         self.pid = os.getpid()
 
@@ -92,16 +128,9 @@ class Desk:
         del self.works[work.request]
 
     def stop_for(self, work: Work) -> None:
-        """Have the step that is being computed stopped for `work`, which was cancelled, if that pays."""
-        flight = self.flight
-        if flight is None:
-            return
-        requests = flight.plan.requests
-        if work.request not in requests:
-            return
-        gone = [request.owner.token.cancelled for request in requests]
-        if flight.stops_inside(gone, time.monotonic()) and self.flight is flight:
-            self.stop.cancel("others in the step were cancelled")
+        """Have what is being computed stopped for `work`, which was cancelled, if that pays."""
+        for watch in (self.steps, self.texts):
+            watch.stop_for(work)
 
     def check_open(self) -> None:
         """Raises `ClosedError` if no new work is taken."""

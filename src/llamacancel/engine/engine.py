@@ -64,9 +64,8 @@ class Engine:
         n_ubatch: Rows computed at a time. None: chosen from `cancel_latency`.
         n_threads, n_threads_batch: As for `Context`.
         cancel_latency: Seconds from a cancel to its slot being free to aim for, as for `Context`.
-        step_seconds: What a step should take at most while requests generate. Prompts are cut to fit beside them, and
-            batches of texts to embed have fewer texts; but a text to embed is computed in one piece, which only
-            `n_batch` bounds. None: a step takes as much as `n_batch` allows.
+        step_seconds: What a step should take at most while requests generate: prompts are cut to fit beside them. None:
+            a step takes as much as `n_batch` allows.
         stream_interval: Seconds within which those who wait for text are told of it once, while steps are shorter than
             that: telling them takes time from a fast model's steps. The first text of a request, and its end, are told
             at once. 0: with each step.
@@ -158,8 +157,8 @@ class Engine:
             **{**params, "n_ctx": embed_rows, "n_batch": embed_rows, "kv_unified": True},
         )
         self._desk = desk = Desk(self._slots + self._queue_limit, self._queue_limit, history)
-        embedder = Embedder(make_embedder, functools.partial(desk.box.put, None))
-        runner = Runner(make_context if self._generates else None, embedder, starting)
+        embedder = Embedder(make_embedder, desk.texts, desk.box.put)
+        runner = Runner(make_context if self._generates else None, starting)
         limits = Limits(
             slots=self._slots,
             queue_limit=self._queue_limit,
@@ -174,7 +173,7 @@ class Engine:
         )
         self._n_ctx = limits.n_ctx
         scheduler = Scheduler(limits, replace(rules, cells=runner.cells))
-        self._core = Core(scheduler, runner, desk, stream_interval)
+        self._core = Core(scheduler, runner, embedder, desk, stream_interval)
         self._vocabulary = Vocabulary(model)
         self._core.start()
 

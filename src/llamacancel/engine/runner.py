@@ -19,8 +19,7 @@ from ..errors import (
     SequenceOutcome,
 )
 from ..llama import Batch, Context, DecodeResult, Model, Sampler, choose_tokens
-from .embedder import Embedder
-from .generation import EmbeddingWork, GenerationWork
+from .generation import GenerationWork
 from .masks import Masks
 from .scheduler import Clear, Copy, Fault, MemoryRules, Outcome, Plan, Request, Rows, Sampled, Trim
 from .scheduler.plan import Action
@@ -82,36 +81,31 @@ class _StepBatch(Batch):
 
 
 class Runner:
-    """Runs plans in a context, and batches of embeddings in another one.
+    """Runs steps in a context.
 
     Args:
-        make_context: Makes the context for generations, given a token; None if there are none.
-        embedder: Has the context for embeddings.
+        make_context: Makes the context, given a token; None if the model does not generate.
         token: Cancels the making of the first context.
 
     Attributes:
         stop: Cancelled to stop the step that is being run, for all of its requests. Each step listens to the one that
             is here when it begins.
-        n_ctx, n_batch, n_ubatch: Of the context for generations.
+        n_ctx, n_batch, n_ubatch: Of the context.
         unified: Whether all of its sequences share one cache.
         cells: Cells that they share; None if each has its own, or needs none.
-        decode_seconds: Time that llama.cpp has computed.
     """
 
     def __init__(
         self,
         make_context: Callable[[CancelToken | None], Context] | None,
-        embedder: Embedder,
         token: CancelToken | None = None,
     ) -> None:
         self._make_context = make_context
-        self.embedder = embedder
         self.stop = CancelToken()
         self._masks = Masks(os.cpu_count() or 1)
         self.n_ctx = self.n_batch = self.n_ubatch = 1
         self.unified = True
         self.cells: int | None = None
-        self.decode_seconds = 0.0
         if make_context is not None:
             self.context = make_context(token)
             self._memory = self.context.memory
@@ -126,11 +120,10 @@ class Runner:
                 self.cells = self.n_ctx
 
     def close(self) -> None:
-        """Free the contexts."""
+        """Free the context."""
         self._masks.close()
         if self._make_context is not None:
             self.context.close()
-        self.embedder.close()
 
     def run(self, plan: Plan) -> Outcome:
         """Does what is planned, and tells what came of it."""
@@ -139,8 +132,6 @@ class Runner:
             self._act(action, outcome)
         if plan.rows:
             self._decode(plan, outcome)
-        if plan.embed:
-            self._embed(plan, outcome)
         return outcome
 
     def upset(self, plan: Plan, error: BaseException) -> Outcome:
@@ -215,7 +206,6 @@ class Runner:
             told, outcome.rows_done = result.sequences, result.rows_done
         finally:
             outcome.seconds = time.perf_counter() - began
-            self.decode_seconds += outcome.seconds
         self._collect(planned, last_rows, told, outcome)
 
     def _compute(self, context: Context, batch: Batch, tokens: dict[int, CancelToken], **how: Any) -> DecodeResult:
@@ -317,47 +307,3 @@ class Runner:
             if len(due) == 1:
                 return [for_a_reader(error)]
         return [drawn for each in due for drawn in self._choose([each])]
-
-    # -- embeddings
-
-    def _embed(self, plan: Plan, outcome: Outcome) -> None:
-        began = time.perf_counter()
-        try:
-            self._embed_all(plan.embed, outcome)
-        except BaseException as error:
-            if is_lost(error):
-                raise
-            outcome.error, outcome.fault = for_a_reader(error), Fault.FAILED
-            outcome.cancelled = self._cancelled(plan)
-            self.embedder.drop()
-        finally:
-            outcome.seconds = time.perf_counter() - began
-            self.decode_seconds += outcome.seconds
-
-    def _embed_all(self, requests: list[Request], outcome: Outcome) -> None:
-        context, batch = self.embedder.context, self.embedder.batch
-        assert context is not None
-        assert batch is not None
-        batch.clear()
-        for seq, request in enumerate(requests):
-            batch.add_sequence(request.tokens, seq_id=seq, logits="all")
-        tokens = {seq: request.owner.token_until(self.stop) for seq, request in enumerate(requests)}
-        told: dict[int, Any]
-        try:
-            told = self._compute(context, batch, tokens).sequences
-        except DecodeCancelled as error:
-            told = error.sequences
-            outcome.aborted = self.stop.cancelled
-        for seq, request in enumerate(requests):
-            work: EmbeddingWork = request.owner
-            if told[seq].cancelled:
-                if work.token.cancelled:
-                    outcome.cancelled[request] = ending_of(work.token)
-            elif told[seq].state == "completed":
-                try:
-                    work.vector = context.pooled_embeddings(seq)
-                    outcome.embedded.append(request)
-                except BaseException as error:
-                    outcome.failed[request] = for_a_reader(error)
-        if context.memory.kind != "none":
-            context.memory.clear()

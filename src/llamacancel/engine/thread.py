@@ -7,10 +7,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from ..cancel import CancelToken, Cause, is_lost
+from ..cancel import Cause, is_lost
 from ..errors import ClosedError
 from ..llama import is_parked
 from .desk import Desk
+from .embedder import Embedder
 from .runner import Runner
 from .scheduler import Outcome, Plan, Request, Scheduler, place_of
 from .views import EngineSnapshot, RequestView, SlotView
@@ -27,18 +28,22 @@ class Core:
 
     Args:
         scheduler: Decides.
-        runner: Computes.
+        runner: Computes steps.
+        embedder: Computes texts to embed, beside them.
         desk: Where requests and cancels come in.
         stream_interval: Seconds within which readers are told once of what short steps have brought.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, desk: Desk, stream_interval: float) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, embedder: Embedder, desk: Desk, stream_interval: float
+    ) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self.embedder = embedder
         self.desk = desk
         self.stream_interval = stream_interval
         self.steps = 0
-        self.schedule_seconds = self.run_seconds = self.commit_seconds = 0.0
+        self.schedule_seconds = self.run_seconds = self.commit_seconds = self.decode_seconds = 0.0
         self.listeners: list[Registration] = []
         self._news: list[tuple[Work, RequestView | None]] = []
         self._unread: dict[Work, None] = {}  # have text of which their readers are not told yet
@@ -59,18 +64,19 @@ class Core:
         except BaseException as error:
             self._fail(error)
         finally:
-            self.runner.close()
+            try:
+                self.embedder.close()
+            finally:
+                self.runner.close()
 
     def _schedule(self) -> Plan | None:
         """The next step. Sleeps while there is none; None when the engine is to stop."""
         desk, scheduler = self.desk, self.scheduler
         while True:
             began = time.perf_counter()
-            if desk.stop.cancelled:
-                desk.stop = CancelToken()
             now = time.monotonic()
             self._empty_box(now)
-            self._see_to_embedder(now)
+            self._see_to_texts(now)
             self._take_changes()
             plan = scheduler.plan(now)
             self._take_changes()
@@ -88,37 +94,39 @@ class Core:
         while not box.empty():
             self._take_in(box.get_nowait(), now)
 
-    def _take_in(self, work: Work | None, now: float) -> None:
-        """Look at a request that is new or was cancelled."""
-        if work is None:
+    def _take_in(self, news: Work | Outcome | None, now: float) -> None:
+        """Look at a request that is new or was cancelled, or at what came of a batch of texts."""
+        if news is None:
             return
-        if not work.taken:
-            work.taken = True
-            self.scheduler.submit(work.request, work.request.submitted_at)
+        if isinstance(news, Outcome):
+            self._commit_texts(news, now)
+            return
+        if not news.taken:
+            news.taken = True
+            self.scheduler.submit(news.request, news.request.submitted_at)
+        self._see_to_cancel(news, now)
+
+    def _see_to_cancel(self, work: Work, now: float) -> None:
         if work.token.cancelled:
             self.scheduler.cancel(work.request, ending_of(work.token), now)
 
-    def _see_to_embedder(self, now: float) -> None:
-        """Has the context for embeddings made for the first in line, and takes it once it is there."""
-        embedder, scheduler = self.runner.embedder, self.scheduler
-        while True:
-            failure = embedder.take()
-            if failure is not None:
-                self._not_made(*failure, now)
-            first = scheduler.first_to_embed
-            scheduler.can_embed = embedder.context is not None
-            if first is None or scheduler.can_embed or embedder.busy:
-                return
-            embedder.begin(first)
+    def _see_to_texts(self, now: float) -> None:
+        """Has the next batch of texts computed if none is. The first one alone, since the context is made with it."""
+        flight = self.scheduler.plan_texts(now, alone=self.embedder.context is None)
+        if flight is not None:
+            self.embedder.begin(flight)
 
-    def _not_made(self, request: Request, error: Exception, now: float) -> None:
-        if is_lost(error):
-            raise error
-        token = request.owner.token
-        if token.cancelled:
-            self.scheduler.cancel(request, ending_of(token), now)
-        else:
-            self.scheduler.fail(request, error, now)
+    def _commit_texts(self, outcome: Outcome, now: float) -> None:
+        texts = self.scheduler.embedding
+        self.desk.texts.end()
+        if outcome.error is not None and is_lost(outcome.error):
+            raise outcome.error
+        self.scheduler.commit_texts(outcome, now)
+        self.steps += 1
+        self.run_seconds += outcome.seconds
+        self.decode_seconds += outcome.seconds
+        for request in texts:  # one that is to be computed again may have been cancelled when that went unnoticed
+            self._see_to_cancel(request.owner, now)
 
     def _tell_all(self) -> None:
         """What a step has brought is told when the next one is planned: readers run while llama.cpp computes, and this
@@ -134,14 +142,13 @@ class Core:
         if not plan:
             return None
         began = time.perf_counter()
-        self.runner.stop = self.desk.stop
-        self.desk.flight = self.scheduler.in_flight
+        self.runner.stop = self.desk.steps.begin(self.scheduler.in_flight)
         try:
             return self.runner.run(plan)
         except BaseException as error:
             return self.runner.upset(plan, error)
         finally:
-            self.desk.flight = None
+            self.desk.steps.end()
             self.run_seconds += time.perf_counter() - began
 
     def _commit(self, outcome: Outcome | None) -> None:
@@ -150,6 +157,7 @@ class Core:
         began = time.perf_counter()
         self.scheduler.commit(outcome, time.monotonic())
         self.steps += 1
+        self.decode_seconds += outcome.seconds
         self._take_changes()
         for slot in outcome.sampled:
             request = self.scheduler.active.get(slot)
@@ -233,7 +241,7 @@ class Core:
             schedule_seconds=self.schedule_seconds,
             run_seconds=self.run_seconds,
             commit_seconds=self.commit_seconds,
-            decode_seconds=self.runner.decode_seconds,
+            decode_seconds=self.decode_seconds,
         )
 
     def _place_of(self, work: Work) -> tuple[float, int]:

@@ -76,7 +76,7 @@ class EngineSnapshot:
         closing: True once `close()` was called.
         cells_used, cells: Cells of the context's memory in use, and all; None if they are not counted.
         schedule_seconds, run_seconds, commit_seconds: Time spent so far on planning steps, running them, and
-            handing out what came of them.
+            handing out what came of them. Batches of texts to embed run beside steps, and count as such.
         decode_seconds: The part of `run_seconds` that llama.cpp computed.
     """
 

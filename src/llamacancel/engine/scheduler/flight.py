@@ -1,4 +1,4 @@
-"""A step that is being computed, as those see it who may have it stopped."""
+"""What is being computed, as those see it who may have it stopped."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Flight:
         if plan.rows:
             rows = [(rows.count, is_gone) for rows, is_gone in zip(plan.rows, gone, strict=True)]
             return policy.parts_of(self.pace, self.limits.n_ubatch, rows, self.rules.by_sequence)
-        each = self.pace.embed_row_seconds or 0.0
-        total = sum(request.n_prompt for request in plan.embed)
-        saved = sum(request.n_prompt for request, is_gone in zip(plan.embed, gone, strict=True) if is_gone)
+        each = self.pace.row_seconds or 0.0
+        total = sum(request.n_prompt for request in plan.texts)
+        saved = sum(request.n_prompt for request, is_gone in zip(plan.texts, gone, strict=True) if is_gone)
         return [policy.Part(total * each, saved * each)]
 
     def stops_inside(self, gone: Sequence[bool], now: float) -> bool:
         """Whether the step is to be stopped in the middle of a ubatch, now that some of its requests were cancelled:
-        for the others to be run again. It stops after this ubatch in any case, unless it is to be whole, or a batch of
-        embeddings. One that nobody wants any more stops by itself.
+        for the others to be run again. It stops after this ubatch in any case, unless it is to be whole, or embeds
+        texts. One that nobody wants any more stops by itself.
         """
         if self.plan.whole or all(gone) or not any(gone):
             return False

@@ -1,4 +1,4 @@
-"""A step: what is to be done, and what came of it."""
+"""A step, or a batch of texts to embed: what is to be done, and what came of it."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Rows:
 
 @dataclass(slots=True)
 class Plan:
-    """One step.
+    """One step, or one batch of texts to embed, which is computed beside the steps.
 
     Attributes:
         actions: To be done first, in order.
         rows: What to decode then.
-        embed: Requests to embed; a plan has rows or these.
+        texts: Requests to embed: a batch has these, and nothing else.
         n_prompt_rows: Rows that a prompt has more than one of in this step.
         n_other_rows: Single rows: of running generations, and the last one of a prompt.
         whole: It is not stopped for those who leave: somebody in it was passed over too often.
@@ -65,7 +65,7 @@ class Plan:
 
     actions: list[Action] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)
-    embed: list[Request] = field(default_factory=list)
+    texts: list[Request] = field(default_factory=list)
     n_prompt_rows: int = 0
     n_other_rows: int = 0
     whole: bool = False
@@ -74,14 +74,14 @@ class Plan:
     @property
     def requests(self) -> list[Request]:
         """Those that it computes something for."""
-        return [rows.request for rows in self.rows] + self.embed
+        return [rows.request for rows in self.rows] + self.texts
 
     def __bool__(self) -> bool:
-        return bool(self.actions or self.rows or self.embed)
+        return bool(self.actions or self.rows or self.texts)
 
 
 class Fault(enum.Enum):
-    """Why a step did nothing."""
+    """Why nothing was done."""
 
     FULL = "full"  # there was no room for it; the memory is as before
     FAILED = "failed"  # it could not be computed; the memory is as before

@@ -9,7 +9,6 @@ __all__ = [
     "Limits",
     "Pace",
     "Part",
-    "embed_budget",
     "ends_here",
     "loss",
     "must_be_whole",
@@ -79,19 +78,17 @@ class Pace:
 
     Attributes:
         row_seconds: Of one prompt row; None until one was seen.
-        embed_row_seconds: Of one row of a text to embed.
         step_seconds: Of a step without prompt rows.
         patience: Seconds that steps stopped for somebody else's cancel may still cost.
     """
 
-    __slots__ = ("embed_row_seconds", "patience", "row_seconds", "step_seconds")
+    __slots__ = ("patience", "row_seconds", "step_seconds")
 
     _WEIGHT = 0.2
     _WEIGHT_DEARER = 0.5  # a guess: rows get dearer as a prompt gets longer, and neighbours wait for too long steps
 
     def __init__(self) -> None:
         self.row_seconds: float | None = None
-        self.embed_row_seconds: float | None = None
         self.step_seconds = 0.0
         self.patience = _PATIENCE
 
@@ -104,11 +101,6 @@ class Pace:
             base = min(self.step_seconds, seconds / 2) if other_rows else 0.0
             self.row_seconds = self._nearer(self.row_seconds, (seconds - base) / prompt_rows)
 
-    def observe_embedding(self, rows: int, seconds: float) -> None:
-        """A batch of texts to embed took so long."""
-        self.patience = min(self.patience + _PATIENCE_SHARE * seconds, _PATIENCE)
-        self.embed_row_seconds = self._nearer(self.embed_row_seconds, seconds / rows)
-
     def observe_stop(self, seconds: float) -> None:
         """A step was stopped, which costs the others so much."""
         self.patience -= seconds
@@ -116,8 +108,7 @@ class Pace:
     def copy(self) -> Pace:
         """As it is now."""
         copied = Pace()
-        copied.row_seconds, copied.embed_row_seconds = self.row_seconds, self.embed_row_seconds
-        copied.step_seconds, copied.patience = self.step_seconds, self.patience
+        copied.row_seconds, copied.step_seconds, copied.patience = self.row_seconds, self.step_seconds, self.patience
         return copied
 
     def _nearer(self, known: float | None, measured: float) -> float:
@@ -151,18 +142,6 @@ def prompt_budget(limits: Limits, pace: Pace, n_generating: int, wanted: int, by
     if last < _SHORT_ROWS and rows - last >= least and (n_generating or rows < wanted):
         rows -= last
     return min(room, max(rows, least))
-
-
-def embed_budget(limits: Limits, pace: Pace, n_active: int) -> int:
-    """Most rows of the next batch of texts to embed, next to `n_active` requests that wait for it to end.
-
-    As many as `step_seconds` allow. A text is never parted: one that is longer has a batch of its own.
-    """
-    if limits.step_seconds is None or not n_active:
-        return limits.embed_rows
-    each = pace.embed_row_seconds or pace.row_seconds
-    rows = limits.n_ubatch if each is None else int(limits.step_seconds / each)
-    return max(min(rows, limits.embed_rows), 1)
 
 
 def share(budget: int, wants: Sequence[tuple[int, int]]) -> list[int]:

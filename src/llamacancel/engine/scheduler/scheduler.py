@@ -25,7 +25,8 @@ class Scheduler:
     """Gives requests their slots, and plans one step after the other.
 
     `submit()` and `cancel()` bring and take requests, `plan()` says what is to be done, somebody does it, `commit()` is
-    told what came of it, and so on. It computes nothing, sleeps never, and reads no clock: times are passed in.
+    told what came of it, and so on. Beside that `plan_texts()` and `commit_texts()` do the same for texts to embed, one
+    batch at a time. It computes nothing, sleeps never, and reads no clock: times are passed in.
 
     Args:
         limits: What it has to keep to.
@@ -34,32 +35,30 @@ class Scheduler:
     Attributes:
         queue: Requests that wait.
         active: Requests that have a slot, by slot.
-        embedding: Requests that are being embedded.
         sequences: What the memory holds: the slots, then the checkpoints.
         changes: Requests that changed their state, in order, once for each change; whoever reads empties it.
-        in_flight: What was planned, until it is committed.
-        can_embed: There is a context for embeddings. None are planned without.
+        in_flight: The step that was planned, until it is committed.
+        texts_in_flight: The batch of texts that was planned, until it is committed.
+        pace, texts_pace: How long rows of steps take, and rows of texts.
     """
 
     def __init__(self, limits: Limits, rules: MemoryRules) -> None:
         self.limits = limits
         self.rules = rules
-        self.pace = Pace()
+        self.pace, self.texts_pace = Pace(), Pace()
         self.queue: dict[Request, None] = {}
         self.active: dict[int, Request] = {}
-        self.embedding: list[Request] = []
         self.sequences = [Sequence(i) for i in range(limits.slots + rules.checkpoints)]
         self.cells = Cells(rules.cells)
         self.changes: list[Request] = []
         self.in_flight: Flight | None = None
-        self.can_embed = True
+        self.texts_in_flight: Flight | None = None
         self._line: list[tuple[float, int, Request]] = []  # a heap; who left the queue lies in it until it comes up
         self._behind: dict[Request, list[tuple[float, int, Request]]] = {}  # who waits for the prompt of whom
-        self._embed_line: list[tuple[float, int, Request]] = []
+        self._line_of_texts: list[tuple[float, int, Request]] = []
         self._count = 0
         self._actions: list[Action] = []
         self._crowded = False  # the memory was full; nobody joins until somebody leaves
-        self._embedded_last = False
         self._without_memory: list[Request] = []
 
     # -- requests come and go
@@ -72,12 +71,12 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.queue or self.active or self.embedding)
+        return not (self.queue or self.active or self.texts_in_flight)
 
     @property
-    def first_to_embed(self) -> Request | None:
-        """The first text in line to be embedded."""
-        return self._first(self._embed_line)
+    def embedding(self) -> list[Request]:
+        """Requests that are being embedded."""
+        return [] if self.texts_in_flight is None else self.texts_in_flight.plan.texts
 
     def submit(self, request: Request, now: float) -> None:
         """Queue a request."""
@@ -87,26 +86,21 @@ class Scheduler:
         self._enqueue(request)
 
     def cancel(self, request: Request, ending: Literal["cancelled", "deadline", "shutdown"], now: float) -> bool:
-        """End a request between two steps. One that is cancelled while a step computes it is found out by the step.
+        """End a request between two steps. One that is cancelled while it is computed is found out by whoever does.
 
         Returns:
-            False if it has ended before.
+            False if it has ended before, or is a text that is being computed.
         """
         assert self.in_flight is None, "a step is being computed"
-        if request.state == "finished":
+        if request.state == "finished" or request in self.embedding:
             return False
         self._finish(request, ending, now)
         return True
 
-    def fail(self, request: Request, error: Exception, now: float) -> None:
-        """End a request between two steps with an error, if it has not ended before."""
-        if request.state != "finished":
-            self._finish(request, "error", now, error)
-
     def _enqueue(self, request: Request) -> None:
         request.state = "queued"
         place = policy.place_of(self.limits, request.priority, request.submitted_at)
-        line = self._line if request.kind == "generation" else self._embed_line
+        line = self._line if request.kind == "generation" else self._line_of_texts
         heapq.heappush(line, (place, request.number, request))
         self.queue[request] = None
         self.changes.append(request)
@@ -121,7 +115,7 @@ class Scheduler:
 
     def _shorten(self) -> None:
         """Takes those out of the lines who have left the queue, once they are the most."""
-        for line in (self._line, self._embed_line, *self._behind.values()):
+        for line in (self._line, self._line_of_texts, *self._behind.values()):
             if len(line) > 2 * len(self.queue) + 64:
                 line[:] = [entry for entry in line if entry[2] in self.queue]
                 heapq.heapify(line)
@@ -136,8 +130,6 @@ class Scheduler:
         if request in self.queue:
             del self.queue[request]
             self._shorten()
-        elif request in self.embedding:
-            self.embedding.remove(request)
         self._free_slot(request, now)
         self.changes.append(request)
 
@@ -164,35 +156,14 @@ class Scheduler:
         self._without_memory.clear()
         while not plan.rows:
             self._admit(now)
-            if (self._embed_line and self._plan_embedding(plan, now)) or not self.active:
+            if not self.active:
                 break
             self._plan_rows(plan, now)
         plan.actions, self._actions = self._actions, []
         plan.whole = any(policy.must_be_whole(rows.request.passed_over) for rows in plan.rows)
         if plan:
             self.in_flight = Flight(plan, self.pace.copy(), self.limits, self.rules)
-        self._embedded_last = bool(plan.embed)
         return plan
-
-    def _plan_embedding(self, plan: Plan, now: float) -> bool:
-        if not self.can_embed or (self.active and self._embedded_last):
-            return False  # in turn with the generations
-        rows = policy.embed_budget(self.limits, self.pace, len(self.active))
-        while (request := self._first(self._embed_line)) is not None:
-            if plan.embed and (request.n_prompt > rows or request.suspect):
-                break
-            heapq.heappop(self._embed_line)
-            del self.queue[request]
-            request.state = "prefill"
-            if request.started_at is None:
-                request.started_at = now
-            self.changes.append(request)
-            self.embedding.append(request)
-            plan.embed.append(request)
-            rows -= request.n_prompt
-            if request.suspect or len(plan.embed) == self.limits.embed_sequences:
-                break
-        return bool(plan.embed)
 
     def _plan_rows(self, plan: Plan, now: float) -> None:
         suspect = next((request for request in self.active.values() if request.suspect), None)
@@ -442,9 +413,14 @@ class Scheduler:
         else:
             for rows in plan.rows:
                 self._progress(rows, outcome, now)
-            for request in plan.embed:
-                self._embedded(request, outcome, now)
-            self._observe(flight, outcome)
+            if outcome.aborted:
+                self.pace.observe_stop(_loss(flight, outcome))
+            elif plan.rows and outcome.rows_done == plan.n_prompt_rows + plan.n_other_rows:
+                self.pace.observe(plan.n_prompt_rows, plan.n_other_rows, outcome.seconds)
+        self._end_those(plan, outcome, now)
+
+    def _end_those(self, plan: Plan, outcome: Outcome, now: float) -> None:
+        """End those of a plan that have failed by themselves, or were cancelled."""
         for request in plan.requests:
             if request.state == "finished":
                 continue
@@ -452,17 +428,6 @@ class Scheduler:
                 self._finish(request, "error", now, outcome.failed[request])
             elif request in outcome.cancelled:
                 self._finish(request, outcome.cancelled[request], now)
-
-    def _observe(self, flight: Flight, outcome: Outcome) -> None:
-        plan = flight.plan
-        if outcome.aborted:
-            gone = [request in outcome.cancelled for request in plan.requests]
-            self.pace.observe_stop(max(policy.loss(flight.parts(gone), outcome.seconds), 0.0))
-        elif plan.embed:
-            if len(outcome.embedded) == len(plan.embed):
-                self.pace.observe_embedding(sum(request.n_prompt for request in plan.embed), outcome.seconds)
-        elif plan.rows and outcome.rows_done == plan.n_prompt_rows + plan.n_other_rows:
-            self.pace.observe(plan.n_prompt_rows, plan.n_other_rows, outcome.seconds)
 
     def _progress(self, rows: Rows, outcome: Outcome, now: float) -> None:
         request, seq = rows.request, self.sequences[rows.slot]
@@ -498,16 +463,6 @@ class Scheduler:
         elif request.n_generated == request.max_tokens or len(request.tokens) >= self.limits.n_ctx:
             self._finish(request, "length", now)
 
-    def _embedded(self, request: Request, outcome: Outcome, now: float) -> None:
-        if request in outcome.cancelled:
-            return
-        if request in outcome.embedded:
-            request.held = request.n_prompt
-            self._finish(request, "stop", now)
-        elif request not in outcome.failed:
-            self.embedding.remove(request)
-            self._enqueue(request)
-
     def _lose(self, seq: Sequence) -> None:
         self.cells.cut(seq.id, 0)
         if seq.request is not None:
@@ -528,10 +483,6 @@ class Scheduler:
         else:
             for request in requests:
                 request.suspect = True
-        for request in plan.embed:
-            if request in self.embedding and request not in outcome.cancelled:
-                self.embedding.remove(request)
-                self._enqueue(request)
 
     def _full(self, requests: list[Request], outcome: Outcome, error: Exception, now: float) -> None:
         """There was no room where the cells that were counted promised some: in a sliding window, say."""
@@ -545,6 +496,60 @@ class Scheduler:
                     self._finish(request, "error", now, error)
         else:
             self._preempt(self._last_in_line(), now)
+
+    # -- texts to embed
+
+    def plan_texts(self, now: float, alone: bool = False) -> Flight | None:
+        """The next batch; None if no text waits, or one is being computed. `commit_texts()` must be told of it.
+
+        Args:
+            now: The time.
+            alone: It has one text: what else it needs may fail, and that is to end no other.
+        """
+        if self.texts_in_flight is not None:
+            return None
+        plan, rows = Plan(began=now), self.limits.embed_rows
+        while (request := self._first(self._line_of_texts)) is not None:
+            if plan.texts and (request.n_prompt > rows or request.suspect):
+                break
+            heapq.heappop(self._line_of_texts)
+            del self.queue[request]
+            request.state = "prefill"
+            if request.started_at is None:
+                request.started_at = now
+            self.changes.append(request)
+            plan.texts.append(request)
+            rows -= request.n_prompt
+            if alone or request.suspect or len(plan.texts) == self.limits.embed_sequences:
+                break
+        if plan:
+            self.texts_in_flight = Flight(plan, self.texts_pace.copy(), self.limits, self.rules)
+        return self.texts_in_flight
+
+    def commit_texts(self, outcome: Outcome, now: float) -> None:
+        """Take in what came of a batch. A text of which nothing came is computed again."""
+        flight, self.texts_in_flight = self.texts_in_flight, None
+        assert flight is not None, "there is no batch to commit"
+        plan = flight.plan
+        if outcome.fault is not None:
+            self._fault(plan, outcome, now)
+        elif outcome.aborted:
+            self.texts_pace.observe_stop(_loss(flight, outcome))
+        elif len(outcome.embedded) == len(plan.texts):
+            self.texts_pace.observe(sum(request.n_prompt for request in plan.texts), 0, outcome.seconds)
+        for request in outcome.embedded:
+            request.held = request.n_prompt
+            self._finish(request, "stop", now)
+        self._end_those(plan, outcome, now)
+        for request in plan.texts:
+            if request.state != "finished":
+                self._enqueue(request)
+
+
+def _loss(flight: Flight, outcome: Outcome) -> float:
+    """Seconds that it cost those who stayed that it was stopped for others."""
+    gone = [request in outcome.cancelled for request in flight.plan.requests]
+    return max(policy.loss(flight.parts(gone), outcome.seconds), 0.0)
 
 
 def _headroom(request: Request) -> int:
