@@ -25,7 +25,7 @@ export PIP_FIND_LINKS := $(abspath $(WHEELHOUSE))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-asan fuzz soak schema-suite bench gpu-check vulkan-check gpu-wheelhouse build lint clean
+.PHONY: help demo test test-native test-asan fuzz soak schema-suite docs bench gpu-check vulkan-check gpu-wheelhouse build lint clean
 
 help:           ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -94,6 +94,10 @@ lint: build     ## what a reviewer's tools would say
 	$(VENV)/bin/ruff format --check .
 	PATH="$(VENV)/bin:$$PATH" cython-lint --max-line-length 120 src/llamacancel
 	$(PY) -m mypy
+
+docs: build     ## these pages and the API as a site, in build/site; every link is checked
+	$(PY) -m pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 clean:          ## remove everything that was built, and the environment
 	rm -rf build $(VENV) .venv-gpu-* .venv-asan dist

@@ -23,6 +23,7 @@ PATIENCE = 30.0
 def serving(engine: Engine) -> Iterator[str]:
     """Serve an engine; gives the server's address. Closes both at the end, whatever is still running."""
     app = create_app(engine, drain_timeout=0.0)
+    app.state.service.name_of = lambda request_id: request_id  # so that the stage finds its clients
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         app, http=ListeningProtocol, ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=1

@@ -73,7 +73,9 @@ class Stage:
     def open(self, slots: int) -> Iterator[None]:
         """Within, there is a server with so many slots."""
         n_ctx = self.most + 8 * (4 * PROMPT + ANSWER)
-        engine = Engine(self._model, slots=slots, n_ctx=n_ctx, n_threads=self._threads, prefix_cache=False)
+        engine = Engine(
+            self._model, slots=slots, n_ctx=n_ctx, n_threads=self._threads, kv_unified=True, prefix_cache=False
+        )
         with engine, serving(engine) as url:
             self._engine, self._url = engine, url
             yield
