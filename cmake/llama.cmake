@@ -50,6 +50,23 @@ if(GGML_OPENMP)
     endif()
 endif()
 
+# Chat: templates and parsers of llama.cpp's `common`, without the rest of it (see _native/chat/support.cpp). -O3 takes
+# twice as long to compile and is no faster to use.
+include(${llama_dir}/common/parsers/sources.cmake)
+list(FILTER LLAMA_CHAT_PARSERS_SOURCES INCLUDE REGEX "\\.cpp$")
+set(chat_sources chat chat-auto-parser-generator chat-auto-parser-helpers chat-diff-analyzer chat-peg-parser json json-schema
+    peg-parser trie unicode jinja/caps jinja/lexer jinja/parser jinja/runtime jinja/string jinja/value)
+list(TRANSFORM chat_sources PREPEND ${llama_dir}/common/)
+list(TRANSFORM chat_sources APPEND .cpp)
+add_library(llamacancel_chat OBJECT EXCLUDE_FROM_ALL ${LLAMA_CHAT_PARSERS_SOURCES} ${chat_sources})
+set_source_files_properties(${chat_sources} PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+set_target_properties(llamacancel_chat PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 0)
+if(NOT MSVC AND NOT LLAMACANCEL_SANITIZE)
+    target_compile_options(llamacancel_chat PRIVATE -O2)
+endif()
+target_include_directories(llamacancel_chat SYSTEM PUBLIC ${llama_dir}/common ${llama_dir}/vendor)
+target_link_libraries(llamacancel_chat PUBLIC llama)
+
 # With vendor/patches kernels look at the token inside a node, other backends than the CPU between pieces of a graph, and
 # long loops while they work.
 file(STRINGS ${llama_dir}/ggml/src/ggml-cpu/ggml-cpu-impl.h first_patch REGEX ggml_cpu_aborted)

@@ -6,6 +6,7 @@ README tells what is promised and how it is tested.
 
 from . import aio as aio
 from .cancel import CancelToken, Cause
+from .chat import ChatDelta, ChatMessage, ChatPrompt
 from .engine import (
     Embedding,
     Engine,
@@ -19,6 +20,7 @@ from .engine import (
     Usage,
 )
 from .errors import (
+    ChatError,
     ClosedError,
     ContextBusyError,
     ContextError,
@@ -44,6 +46,10 @@ __all__ = [
     "Batch",
     "CancelToken",
     "Cause",
+    "ChatDelta",
+    "ChatError",
+    "ChatMessage",
+    "ChatPrompt",
     "ClosedError",
     "Context",
     "ContextBusyError",

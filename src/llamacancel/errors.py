@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .cancel import Cause
 
 __all__ = [
+    "ChatError",
     "ClosedError",
     "ContextBusyError",
     "ContextError",
@@ -51,6 +52,10 @@ class SequenceOutcome:
 
 class LlamaCancelError(Exception):
     """Base class of all exceptions of llamacancel."""
+
+
+class ChatError(LlamaCancelError, ValueError):
+    """A chat template, messages, tools or what is asked with them cannot be used; says why."""
 
 
 class DecodeCancelled(LlamaCancelError):

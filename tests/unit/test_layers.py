@@ -20,10 +20,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_native": set(),
     "cancel": {"_native", *GROUND},
     "constraint": set(),
-    "llama": {"_native", "cancel", "constraint", *GROUND},
-    "engine": LLAMA_AND_BELOW,
+    "llama": {"_native", "cancel", "chat", "constraint", *GROUND},  # a model's chat, where it is asked for
+    "chat": {"_native", *LLAMA_AND_BELOW},
+    "engine": {"chat", *LLAMA_AND_BELOW},
     "aio": {"engine", *LLAMA_AND_BELOW},
-    "__init__": {"aio", "engine", *LLAMA_AND_BELOW},
+    "__init__": {"aio", "chat", "engine", *LLAMA_AND_BELOW},
     "server": {"__init__", "aio", "engine", *LLAMA_AND_BELOW},
     "conformance": set(),  # knows a server by its address alone
     "commands": {"__init__", "conformance", "server", "aio", "engine", *LLAMA_AND_BELOW},
@@ -110,9 +111,10 @@ NATIVE_FLOORS: dict[str, set[str]] = {
     "memory": {"process"},
     "model": {"cancel", "process", "words", "far", "memory"},
     "guard": {"cancel", "process", "memory", "model"},
+    "chat": {"cancel", "process", "model"},
 }
 # Rooms that are entered by a door of theirs: what others may import is in `__init__.py`.
-WITH_A_DOOR = {"cancel", "llama", "engine", "constraint"}
+WITH_A_DOOR = {"cancel", "llama", "chat", "engine", "constraint"}
 LLAMA = ("llama.h", "llama-", "ggml", "gguf.h")
 
 

@@ -2,18 +2,35 @@
 
 import importlib.util
 import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import _llama
 
-# llama.cpp's globals must exist once in a process. So these modules are compiled into `_llama`'s file and have none of
-# their own: each is loaded from there, by the init function of its name. Those that others build on come first.
-for _name in ("call", "model", "result", "context", "memory", "state", "sampler"):
-    _spec = importlib.util.spec_from_file_location(f"{__name__}.{_name}", _llama.__file__)
-    assert _spec is not None
-    assert _spec.loader is not None
-    globals()[_name] = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules[_spec.name])
+
+def load_compiled(name: str) -> ModuleType:
+    """Load a module that is compiled into `_llama`'s file, by the init function of its name.
+
+    llama.cpp's globals must exist once in a process: so modules that use it have no file of their own.
+    """
+    spec = importlib.util.spec_from_file_location(name, _llama.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+for _name in (
+    "call",
+    "model",
+    "result",
+    "context",
+    "memory",
+    "state",
+    "sampler",
+):  # those that others build on come first
+    globals()[_name] = load_compiled(f"{__name__}.{_name}")
 
 from ._llama import build_info, is_parked, serve_rpc
 from .batch import Batch
@@ -45,6 +62,7 @@ __all__ = [
     "default_threads",
     "integer",
     "is_parked",
+    "load_compiled",
     "number",
     "serve_rpc",
 ]

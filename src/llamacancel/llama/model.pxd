@@ -12,6 +12,8 @@ cdef class Model:
     cdef int pid                   # the process that loaded it
     cdef object _path
     cdef object _metadata
+    cdef public object _chat_template  # read on first use: see `chat`
+    cdef public object _control_texts  # as well
     cdef object _vocabulary        # for constraints: made on first use, kept as long as the model; see `_sampler`
 
     cdef int _check_open(self) except -1

@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..cancel.token import CancelToken
+from ..chat import Chat
+from ..chat.template import Template
 from .context import CacheType, Context, Pooling, RopeScaling
 
 _MemoryKind = Literal["attention", "sliding_window", "recurrent", "hybrid", "hybrid_sliding_window", "none", "other"]
@@ -15,6 +17,7 @@ _Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 @final
 class Model:
+    _chat_template: Template | None
     @staticmethod
     def load(
         path: _Path,
@@ -97,6 +100,8 @@ class Model:
     @property
     def chat_template(self) -> str | None: ...
     def get_chat_template(self, name: str | None = None) -> str | None: ...
+    @property
+    def chat(self) -> Chat: ...
     @property
     def memory_kind(self) -> _MemoryKind: ...
     @property

@@ -329,6 +329,13 @@ cdef class Model:
         return None if text == NULL else text.decode("utf-8", "replace")
 
     @property
+    def chat(self):
+        """The model's chat: renders conversations by its template, and reads its answers. See `Chat`."""
+        from ..chat import Chat
+        self._check_open()
+        return Chat(self)
+
+    @property
     def memory_kind(self):
         """What the model's contexts remember with.
 

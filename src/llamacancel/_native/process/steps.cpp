@@ -46,10 +46,13 @@ uintptr_t lowest_of_stack() noexcept {
     return lowest;
 }
 
-bool stack_is_short(uintptr_t began_at) noexcept {
+bool stack_is_short(uintptr_t began_at, size_t most) noexcept {
     const uintptr_t here = stack_here();
     if (here >= began_at || began_at - here < kShallow) {
         return false;
+    }
+    if (began_at - here > most) {
+        return true;
     }
     const uintptr_t lowest = lowest_of_stack();
     return lowest ? here < lowest + kReserve : began_at - here > kAssumed;
@@ -57,8 +60,13 @@ bool stack_is_short(uintptr_t began_at) noexcept {
 
 }  // namespace
 
-CountedSteps::CountedSteps(Call & call, uint64_t most)
-    : call_(call), at_exit_(exiting()), most_(most), stack_at_(stack_here()), outer_(innermost) {
+CountedSteps::CountedSteps(Call & call, uint64_t most, size_t most_stack)
+    : call_(call),
+      at_exit_(exiting()),
+      most_(most),
+      most_stack_(most_stack),
+      stack_at_(stack_here()),
+      outer_(innermost) {
     if (call_.should_stop()) {
         throw Stopped{};
     }
@@ -85,8 +93,8 @@ void CountedSteps::add(size_t n_steps) {
     if (steps_ > most_) {
         throw TooManySteps("more than " + std::to_string(most_) + " steps");
     }
-    if (stack_is_short(stack_at_)) {
-        throw StackTooSmall("more recursion than this thread's stack has room for");
+    if (stack_is_short(stack_at_, most_stack_)) {
+        throw StackTooSmall("it is nested too deep: more recursion than this thread's stack has room for");
     }
     if (steps_ >= next_look_) {
         next_look_ = steps_ + kStride;

@@ -26,13 +26,13 @@ struct StackTooSmall : std::runtime_error {
 };
 
 // While one of these lives, llama.cpp's loops on this thread throw Stopped once `call` is to stop, TooManySteps after
-// `most` steps, and StackTooSmall before a recursion ends the thread's stack. They nest: a signal handler may make a
-// call within one, and the outer one counts on afterwards.
+// `most` steps, and StackTooSmall before a recursion takes more than `most_stack` bytes, or all of the thread's stack.
+// They nest: a signal handler may make a call within one, and the outer one counts on afterwards.
 class CountedSteps {
 public:
     static constexpr uint64_t kAny = UINT64_MAX;
 
-    explicit CountedSteps(Call & call, uint64_t most = kAny);
+    explicit CountedSteps(Call & call, uint64_t most = kAny, size_t most_stack = SIZE_MAX);
     ~CountedSteps();
     CountedSteps(const CountedSteps &) = delete;
     CountedSteps & operator=(const CountedSteps &) = delete;
@@ -52,6 +52,7 @@ private:
     Call & call_;
     const bool at_exit_;  // begun on the thread that ends the process, which is to finish
     const uint64_t most_;
+    const size_t most_stack_;
     uint64_t steps_ = 0;
     uint64_t next_look_ = 0;
     const uintptr_t stack_at_;  // where the thread's stack stood

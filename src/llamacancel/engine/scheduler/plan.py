@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,17 +40,13 @@ Action = Clear | Trim | Copy
 
 @dataclass(slots=True)
 class Rows:
-    """Rows of one request: `count` tokens from `start` on. A token is chosen from the last one if `output`.
-
-    Up to `room` tokens may be added to it then: more than one where a constraint leaves no choice.
-    """
+    """Rows of one request: `count` tokens from `start` on. A token is chosen from the last one if `output`."""
 
     request: Request
     slot: int
     start: int
     count: int
     output: bool
-    room: int = 1
 
 
 @dataclass(slots=True)
@@ -63,8 +58,7 @@ class Plan:
         rows: What to decode then.
         texts: Requests to embed: a batch has these, and nothing else.
         n_prompt_rows: Rows that a prompt has more than one of in this step.
-        n_other_rows: Of running generations, and the last one of a prompt. A generation has one, or several that its
-            constraint left no choice about.
+        n_other_rows: Single rows: of running generations, and the last one of a prompt.
         whole: It is not stopped for those who leave: somebody in it was passed over too often.
         began: When it was made, in seconds.
     """
@@ -97,13 +91,10 @@ class Fault(enum.Enum):
 
 @dataclass(slots=True)
 class Sampled:
-    """A token that was chosen, those behind it that its constraint left no choice about, and whether the last of them
-    ends the generation: the end of the text, or a stop.
-    """
+    """A token that was chosen, and whether it ends the generation: the end of the text, or a stop."""
 
     token: int
     stops: bool = False
-    forced: Sequence[int] = ()
 
 
 @dataclass(slots=True)
