@@ -40,6 +40,11 @@ class Vocabulary:
         self._tokenizer: LLTokenizer | None = None
 
     @property
+    def end(self) -> int:
+        """A token that ends a text."""
+        return self.tokenizer.eos_token
+
+    @property
     def tokenizer(self) -> LLTokenizer:
         """llguidance's tokenizer. The first call takes about a second for each 100,000 tokens."""
         with self._lock:

@@ -70,6 +70,11 @@ class Engine:
             that: telling them takes time from a fast model's steps. The first text of a request, and its end, are told
             at once. 0: with each step.
         prefix_cache: Let requests take over what others that began with the same tokens have computed.
+        forced_tokens: Tokens that a constraint leaves no choice about are not sampled: several are computed in one
+            step, where they are as many as slots or all slots share one cache. The text is the same. But a processor
+            with two threads or more rounds several rows together otherwise than single ones once a sequence has 512
+            tokens, so that of two tokens that are nearly as likely another one may be chosen later on. Requests with
+            `logprobs`, or with a sampler that has biases, have each token sampled.
         checkpoints: States of a model that cannot go back (a recurrent one, a sliding window) to keep for that, each
             as large as the state of a slot. None: as many as slots.
         aging: Seconds of waiting that are worth one level of priority.
@@ -98,6 +103,7 @@ class Engine:
         stream_interval: float = 1 / 30,
         kv_unified: bool | None = None,
         prefix_cache: bool = True,
+        forced_tokens: bool = True,
         checkpoints: int | None = None,
         aging: float = 5.0,
         history: int = 256,
@@ -158,7 +164,10 @@ class Engine:
         )
         self._desk = desk = Desk(self._slots + self._queue_limit, self._queue_limit, history)
         embedder = Embedder(make_embedder, desk.texts, desk.box.put)
-        runner = Runner(make_context if self._generates else None, starting)
+        # Where sequences have caches of their own, forced rows are computed apart from those of other slots: for that
+        # they should be as many as those.
+        least_forced = (self._slots if rules.by_sequence else 1) if forced_tokens else 0
+        runner = Runner(make_context if self._generates else None, starting, least_forced)
         limits = Limits(
             slots=self._slots,
             queue_limit=self._queue_limit,

@@ -86,6 +86,7 @@ class Runner:
     Args:
         make_context: Makes the context, given a token; None if the model does not generate.
         token: Cancels the making of the first context.
+        least_forced: Tokens that a constraint forces are computed at once if there are so many; 0: never.
 
     Attributes:
         stop: Cancelled to stop the step that is being run, for all of its requests. Each step listens to the one that
@@ -99,10 +100,12 @@ class Runner:
         self,
         make_context: Callable[[CancelToken | None], Context] | None,
         token: CancelToken | None = None,
+        least_forced: int = 0,
     ) -> None:
         self._make_context = make_context
         self.stop = CancelToken()
         self._masks = Masks(os.cpu_count() or 1)
+        self.least_forced = least_forced
         self.n_ctx = self.n_batch = self.n_ubatch = 1
         self.unified = True
         self.cells: int | None = None
@@ -292,11 +295,26 @@ class Runner:
             try:
                 if isinstance(drawn, Exception):
                     raise drawn
-                outcome.sampled[rows.slot] = Sampled(drawn[0], work.take(*drawn))
+                stops = work.take(*drawn)
+                outcome.sampled[rows.slot] = Sampled(drawn[0], stops) if stops else self._force(rows, drawn[0])
             except DecodeCancelled:
                 outcome.cancelled[rows.request] = ending_of(work.token)
             except BaseException as error:
                 outcome.failed[rows.request] = for_a_reader(error)
+
+    def _force(self, rows: Rows, token: int) -> Sampled:
+        """Adds what the constraint forces behind the token that was chosen: those rows are computed at once."""
+        work: GenerationWork = rows.request.owner
+        sampled, room = Sampled(token), rows.room - 1
+        if self.least_forced and room > 0 and work.sampler is not None and work.logprobs is None:
+            taken = []
+            for each in work.sampler._take_forced(self.least_forced, room):
+                taken.append(each)
+                sampled.stops = work.take(each, None, ())
+                if sampled.stops:
+                    break
+            sampled.forced = taken
+        return sampled
 
     def _choose(self, due: list[tuple[Rows, int, GenerationWork]]) -> Sequence[Chosen | Exception]:
         """The next token of each, or why there is none."""

@@ -159,11 +159,11 @@ class Core:
         self.steps += 1
         self.decode_seconds += outcome.seconds
         self._take_changes()
-        for slot in outcome.sampled:
+        for slot, sampled in outcome.sampled.items():
             request = self.scheduler.active.get(slot)
             if request is not None and request.owner.has_readers:
                 self._unread[request.owner] = None
-                if request.n_generated == 1:
+                if request.n_generated == 1 + len(sampled.forced):
                     self._told_at = -math.inf  # nobody waits for the first text
         self.commit_seconds += time.perf_counter() - began
 

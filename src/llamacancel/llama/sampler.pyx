@@ -14,7 +14,7 @@ from .._native.llama cimport *
 from .._native.model.model cimport ModelBox
 from .._native.process.exit cimport InFlight
 from .._native.process.status cimport Status
-from .._native.words.sampler cimport Draw, accept, make_grammar, reset, sample, sample_rows
+from .._native.words.sampler cimport Draw, accept, force, make_grammar, reset, sample, sample_rows
 from .._native.words.vocabulary cimport piece_of, tokenize
 from ..cancel.token cimport core_of
 from ._llama cimport check_process, drain_log
@@ -339,6 +339,38 @@ cdef class Sampler:
             self.masked = False
             self.matcher.take(token)
         return 0
+
+    def _take_forced(self, least, most):
+        """Takes the tokens that the constraint leaves no choice about, as `sample()` would one after the other.
+
+        Args:
+            least: Of fewer tokens none are taken.
+            most: Of more tokens the first ones are taken.
+
+        Returns:
+            The tokens; behind them, or alone, one that ends the text, if nothing else can follow.
+        """
+        cdef list taken = []
+        cdef llama_token token
+        cdef string message
+        cdef Status status
+        self._enter("sample")
+        try:
+            if self.matcher is None or self.chain == NULL or self.biases:  # with a bias nothing may be left to choose
+                return taken
+            forced = self.matcher.forced()
+            for token in forced[:most] if len(forced) >= least else ():
+                with nogil:
+                    status = force(self.chain, token, message)
+                check_status(status, "sample", message, NULL, None, "", ValueError, ValueError)
+                self._take(token)
+                taken.append(token)
+            self.matcher.check()
+            if self.matcher.stopped and len(taken) < most:
+                taken.append(self.matcher.vocabulary.end)
+        finally:
+            self.busy = False
+        return taken
 
     def accept(self, token, *, model=None):
         """Tell the chain of a token that was chosen elsewhere (a prompt's, say), for penalties and grammar.

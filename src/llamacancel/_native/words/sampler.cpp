@@ -401,6 +401,17 @@ Status accept(llama_sampler * chain, llama_token token, std::string & message, u
     return guarded(whole, left, message, steps, [&](CountedSteps &) { llama_sampler_accept(chain, token); });
 }
 
+Status force(llama_sampler * chain, llama_token token, std::string & message) {
+    Call whole;
+    uint64_t steps = 0;
+    return guarded(whole, kTokenSteps, message, steps, [&](CountedSteps &) {
+        llama_token_data only = {token, 0.0f, 0.0f};
+        llama_token_data_array array = {&only, 1, -1, false};
+        llama_sampler_apply(chain, &array);
+        llama_sampler_accept(chain, token);
+    });
+}
+
 void reset(llama_sampler * chain) {
     const InFlight in_flight;
     const AssertionsThrow net;

@@ -40,6 +40,10 @@ void sample(std::vector<Draw> & draws, int32_t n_vocab, int n_threads);
 Status accept(llama_sampler * chain, llama_token token, std::string & message, uint64_t & steps);
 void reset(llama_sampler * chain);
 
+// Has the chain choose and remember the only token that there is: whatever its logit, so that none has to be computed.
+// Random numbers and penalties go on as if it had been drawn.
+Status force(llama_sampler * chain, llama_token token, std::string & message);
+
 // Makes a GBNF grammar's sampler, which is the caller's. Status::Invalid with a message for a bad grammar,
 // Status::Cancelled once the call is to stop.
 Status make_grammar(const llama_vocab * vocab, const std::string & text, const std::string & root, Call & call,

@@ -28,5 +28,6 @@ cdef extern from "words/sampler.hpp" namespace "llamacancel" nogil:
     void sample_rows "llamacancel::sample" (vector[Draw] & draws, int32_t n_vocab, int n_threads) except +
     Status accept(llama_sampler * chain, llama_token token, string & message, uint64_t & steps) except +
     void reset(llama_sampler * chain) except +
+    Status force(llama_sampler * chain, llama_token token, string & message) except +
     Status make_grammar(const llama_vocab * vocab, const string & text, const string & root, Call & call,
                         llama_sampler *& made, string & message, uint64_t & steps) except +

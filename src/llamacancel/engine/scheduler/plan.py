@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,13 +41,17 @@ Action = Clear | Trim | Copy
 
 @dataclass(slots=True)
 class Rows:
-    """Rows of one request: `count` tokens from `start` on. A token is chosen from the last one if `output`."""
+    """Rows of one request: `count` tokens from `start` on. A token is chosen from the last one if `output`.
+
+    Up to `room` tokens may be added to it then: more than one where a constraint leaves no choice.
+    """
 
     request: Request
     slot: int
     start: int
     count: int
     output: bool
+    room: int = 1
 
 
 @dataclass(slots=True)
@@ -58,7 +63,8 @@ class Plan:
         rows: What to decode then.
         texts: Requests to embed: a batch has these, and nothing else.
         n_prompt_rows: Rows that a prompt has more than one of in this step.
-        n_other_rows: Single rows: of running generations, and the last one of a prompt.
+        n_other_rows: Of running generations, and the last one of a prompt. A generation has one, or several that its
+            constraint left no choice about.
         whole: It is not stopped for those who leave: somebody in it was passed over too often.
         began: When it was made, in seconds.
     """
@@ -91,10 +97,13 @@ class Fault(enum.Enum):
 
 @dataclass(slots=True)
 class Sampled:
-    """A token that was chosen, and whether it ends the generation: the end of the text, or a stop."""
+    """A token that was chosen, those behind it that its constraint left no choice about, and whether the last of them
+    ends the generation: the end of the text, or a stop.
+    """
 
     token: int
     stops: bool = False
+    forced: Sequence[int] = ()
 
 
 @dataclass(slots=True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .request import Request
+
 __all__ = [
     "Limits",
     "Pace",
     "Part",
     "ends_here",
+    "is_short",
     "loss",
     "must_be_whole",
     "parts_of",
@@ -25,6 +28,7 @@ _SHORT_ROWS = 64  # a ubatch with fewer rows takes nearly as long as one with so
 _TILE_ROWS = 64  # attention takes so many rows of a sequence at a time (ggml's GGML_FA_TILE_Q): fewer take as long
 _SCRAP_SHARE = 0.1  # so much shorter a step may be for that
 _ENOUGH = 1.25  # so much longer a step may be if all prompts are through with it
+_FEW_ROWS = 32  # of a running generation in a step: more that its constraint forces are computed as a prompt is
 _ALONE = 1.25  # steps may be so many times longer while nobody generates: only newcomers wait for their end
 _CLEARLY = 2  # times as much must the first tokens gain that do not wait for a whole step as the others lose
 _LONG_SECONDS = 0.25  # longer than that a cancelled request does not wait for the part of a step that others want
@@ -115,6 +119,13 @@ class Pace:
         if known is None:
             return measured
         return known + (self._WEIGHT_DEARER if measured > known else self._WEIGHT) * (measured - known)
+
+
+def is_short(limits: Limits, request: Request) -> bool:
+    """Whether what a request waits for is in every step: a single row, or a few that its constraint has forced."""
+    if request.rows_left == 1:
+        return True
+    return request.held >= request.n_prompt and request.rows_left <= min(_FEW_ROWS, limits.n_batch // limits.slots)
 
 
 def prompt_budget(limits: Limits, pace: Pace, n_generating: int, wanted: int, by_sequence: bool = False) -> int:

@@ -168,20 +168,21 @@ class Scheduler:
     def _plan_rows(self, plan: Plan, now: float) -> None:
         suspect = next((request for request in self.active.values() if request.suspect), None)
         running = [suspect] if suspect is not None else list(self.active.values())
-        prompts = [request for request in running if request.rows_left > 1]
+        prompts = [request for request in running if not policy.is_short(self.limits, request)]
         budget = 0
         if prompts:
-            wanted = sum(request.rows_left for request in prompts)
+            wanted = _rows_of(prompts)
             budget = policy.prompt_budget(
-                self.limits, self.pace, len(running) - len(prompts), wanted, self.rules.by_sequence
+                self.limits, self.pace, _rows_of(running) - wanted, wanted, self.rules.by_sequence
             )
         allowed = budget
         if self.rules.cells is not None:
             running, prompts, budget = self._make_room(running, prompts, budget, now)
         for request in running:
-            if request.rows_left == 1:
-                plan.rows.append(Rows(request, _slot_of(request), request.held, 1, True))
-        plan.n_other_rows = len(plan.rows)
+            if policy.is_short(self.limits, request):
+                count = request.rows_left
+                plan.rows.append(Rows(request, _slot_of(request), request.held, count, True, self._room(request)))
+                plan.n_other_rows += count
         if prompts:
             self._plan_prompts(plan, prompts, budget, budget < allowed)
         if self.rules.in_order:
@@ -206,11 +207,16 @@ class Scheduler:
             if not count:
                 continue
             last = count == request.rows_left
-            plan.rows.append(Rows(request, _slot_of(request), request.held, count, last))
+            plan.rows.append(Rows(request, _slot_of(request), request.held, count, last, self._room(request)))
             plan.n_prompt_rows += count
             complete = request.rows_left - count <= 1  # the very last row, behind a checkpoint, is no matter of time
             n_complete += complete and request.held > request.cached_tokens  # those that had to wait for a step before
             n_behind -= complete
+
+    def _room(self, request: Request) -> int:
+        """Tokens that may yet be added to it."""
+        room = self.limits.n_ctx - len(request.tokens)
+        return room if request.max_tokens is None else min(room, request.max_tokens - request.n_generated)
 
     def _rows_to_stop(self, request: Request) -> int:
         """Rows up to the next checkpoint, or to the end of the prompt."""
@@ -226,7 +232,7 @@ class Scheduler:
 
         Who waits for a prefix leaves the slot to those behind, and has its place in the line back once it is there.
         """
-        for ready in [each for each in self._behind if each.slot is None or each.rows_left <= 1]:
+        for ready in [each for each in self._behind if each.slot is None or policy.is_short(self.limits, each)]:
             for entry in self._behind.pop(ready):
                 heapq.heappush(self._line, entry)
         while self.idle_slots:
@@ -256,7 +262,7 @@ class Scheduler:
         least, most = held + max(_LEAST_CHECKPOINT, self.rules.least_copy), len(request.tokens) - 1
         for each in self.active.values():
             if (
-                each.rows_left > 1
+                not policy.is_short(self.limits, each)
                 and each.priority >= request.priority
                 and common_prefix(request.tokens, each.tokens, most) >= least
             ):
@@ -339,8 +345,8 @@ class Scheduler:
     ) -> tuple[list[Request], list[Request], int]:
         """Takes cells from idle sequences, and if need be from the last in line, until the step has room."""
         while True:
-            n_generating = len(running) - len(prompts)
-            wanted = n_generating + min(budget, sum(request.rows_left for request in prompts))
+            n_generating = _rows_of(running) - _rows_of(prompts)
+            wanted = n_generating + min(budget, _rows_of(prompts))
             while (free := self.cells.free or 0) < wanted and self._evict():
                 pass
             if free >= wanted or free > n_generating or (free == n_generating and n_generating):
@@ -453,6 +459,7 @@ class Scheduler:
             assert not rows.output or held < len(request.tokens), "a row was computed, and no token was chosen from it"
             return
         request.tokens.append(sampled.token)
+        request.tokens.extend(sampled.forced)
         if request.state != "decode":
             request.state = "decode"
             if request.first_token_at is None:
@@ -554,6 +561,10 @@ def _loss(flight: Flight, outcome: Outcome) -> float:
 
 def _headroom(request: Request) -> int:
     return _HEADROOM if request.max_tokens is None else min(_HEADROOM, request.max_tokens - request.n_generated)
+
+
+def _rows_of(requests: list[Request]) -> int:
+    return sum(request.rows_left for request in requests)
 
 
 def _slot_of(request: Request) -> int:
