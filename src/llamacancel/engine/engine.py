@@ -71,10 +71,10 @@ class Engine:
             at once. 0: with each step.
         prefix_cache: Let requests take over what others that began with the same tokens have computed.
         forced_tokens: Tokens that a constraint leaves no choice about are not sampled: several are computed in one
-            step, where they are as many as slots or all slots share one cache. The text is the same. But a processor
-            with two threads or more rounds several rows together otherwise than single ones once a sequence has 512
-            tokens, so that of two tokens that are nearly as likely another one may be chosen later on. Requests with
-            `logprobs`, or with a sampler that has biases, have each token sampled.
+            step, where they are as many as slots or all slots share one cache. The text is the same, but once a
+            sequence has 512 tokens two threads or more round several rows together otherwise than single ones, and
+            another text may follow. Requests with `logprobs`, or with a sampler that has biases, have each token
+            sampled.
         checkpoints: States of a model that cannot go back (a recurrent one, a sliding window) to keep for that, each
             as large as the state of a slot. None: as many as slots.
         aging: Seconds of waiting that are worth one level of priority.
