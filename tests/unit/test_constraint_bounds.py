@@ -15,6 +15,14 @@ CHAIN = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(50_000)}
 REFUSED: dict[str, tuple[Any, str]] = {
     "a chain of references": ({"$defs": CHAIN, "$ref": "#/$defs/d0"}, "entries at"),
     "many properties": ({"properties": {f"p{i}": {} for i in range(15_000)}}, "entries at #/properties"),
+    "many optional properties": (
+        {"properties": {f"p{i}": {} for i in range(501)}},
+        "501 properties of one object that may be left out",
+    ),
+    "many optional properties that are merged": (
+        {"allOf": [{"properties": {f"{part}{i}": {} for i in range(300)}} for part in "ab"]},
+        "600 properties of one object that may be left out",
+    ),
     "a long text": ({"type": "string", "maxLength": 2**32}, "'maxLength' at #"),
     "a large number": ({"properties": {"a": {"maximum": 2**64}}}, "'maximum' at #/properties/a"),
     "a number of 5,000 digits": ({"minimum": 10**5000}, "'minimum' at #"),

@@ -6,7 +6,7 @@ from .pattern import check_counts
 
 __all__ = ["check_lark"]
 
-LONGEST = 100_000
+LONGEST = 20_000  # a text that is forced takes 6 us a letter, all of it for one mask
 MOST_PARTS = 1_000
 """Rules and brackets: llguidance follows a chain of rules with its stack; of 8 MiB 2,500 take all."""
 

@@ -15,10 +15,10 @@ __all__ = ["LIMITS", "Matcher", "Vocabulary", "compiled"]
 
 LIMITS: dict[str, Any] = {
     "verbose_errors": False,
-    "max_items_in_row": 10_000,  # an object takes 4 for each optional property, 2,000 of which take 20 ms for a mask
+    "max_items_in_row": 5_000,  # an object takes 4 for each optional property; each item is compared with each
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 50_000,
-    "step_max_items": 20_000,  # of these, 2,000 optional properties take 10,000 and more
+    "step_max_items": 50_000,  # of these, 500 optional properties take 40,000 behind a value of any kind
     "max_lexer_states": 50_000,
     "max_grammar_size": 200_000,
 }

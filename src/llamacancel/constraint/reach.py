@@ -16,6 +16,7 @@ __all__ = ["Part", "check_reach"]
 DEEPEST = 400  # schemas within each other and through `$ref`: of a stack of 8 MiB 1,200 take all
 MOST_ALTERNATIVES = 100  # at one place: each step follows all; 117 ms a step with 300
 MOST_COPIES = 1_000  # properties, once for each alternative: 100 with 100 take 3.6 s
+MOST_OPTIONAL = 500  # properties of one object that may be left out: each may be next, 20 ms a mask; 110 ms with 1,000
 MOST_PAIRS = 5_000  # of values in `enum` that are compared: 40,000 take 4 s
 MOST_PATTERNS_AT_ONCE = 8  # for one text: 16 take 0.2 s, 30 take all memory
 LARGEST_MULTIPLE = 30_030  # of multipleOf, multiplied where several hold at once: 0.2 s, a million takes 7 s
@@ -36,47 +37,55 @@ class Part:
     values: int = 1  # alternatives, each value of `enum` one
     several: int = 0  # how many of what is merged have several of these
     width: int = 0  # properties of one alternative
+    optional: int = 0  # those of them that may be left out
     wide: int = 0  # how many of what is merged have properties
     patterns: int = 0  # that one text has to match
     multiple: int = 1  # that a number has to be one of; what stands behind the point moved before it
-    choice: dict[str, list[int]] = field(default_factory=dict)  # these five of anyOf, oneOf
+    choice: dict[str, list[int]] = field(default_factory=dict)  # these six of anyOf, oneOf
 
     def take_in(self, part: Part, keyword: str) -> None:
         """What another part, which is complete, adds to this one."""
         self.depth = max(self.depth, part.depth + 1)
         self.expanded = min(self.expanded + part.expanded, 10**9)
         if keyword in ("anyOf", "oneOf"):
-            choice = self.choice.setdefault(keyword, [0, 0, 0, 0, 1])
+            choice = self.choice.setdefault(keyword, [0, 0, 0, 0, 0, 1])
             choice[:] = (
                 choice[0] + part.alternatives,
                 choice[1] + part.values,
                 max(choice[2], part.width),
-                max(choice[3], part.patterns),
-                max(choice[4], part.multiple),
+                max(choice[3], part.optional),
+                max(choice[4], part.patterns),
+                max(choice[5], part.multiple),
             )
         elif keyword in ("allOf", "$ref"):
-            self._merge(part.alternatives, part.values, part.width, part.patterns, part.multiple)
+            self._merge(part.alternatives, part.values, part.width, part.optional, part.patterns, part.multiple)
 
     def complete(self) -> None:
         """Called once all of its parts are taken in."""
         for choice in self.choice.values():
             self._merge(*choice)
         values = self.schema.get("enum")
-        properties = self.schema.get("properties")
+        properties, required = self.schema.get("properties"), self.schema.get("required")
+        names = set(properties) if isinstance(properties, dict) else set()
+        needed = {name for name in required if isinstance(name, str)} if isinstance(required, (list, tuple)) else set()
         self._merge(
             1,
             len(values) if isinstance(values, (list, tuple)) else 1,
-            len(properties) if isinstance(properties, dict) else 0,
+            len(names),
+            len(names - needed),
             int("pattern" in self.schema) + int("format" in self.schema),
             _multiple(self.schema),
         )
 
-    def _merge(self, alternatives: int, values: int, width: int, patterns: int, multiple: int) -> None:
+    def _merge(
+        self, alternatives: int, values: int, width: int, optional: int, patterns: int, multiple: int
+    ) -> None:
         self.alternatives = min(self.alternatives * alternatives, 10**9)
         self.values = min(self.values * values, 10**9)
         self.several += values > 1
         self.width += width
         self.wide += width > 0
+        self.optional = min(self.optional + optional, 10**9)
         self.patterns += patterns
         self.multiple = min(self.multiple * multiple, 10**18)
 
@@ -86,6 +95,8 @@ class Part:
             _refuse(f"{self.alternatives} alternatives at one place", MOST_ALTERNATIVES)
         if self.alternatives > 1 and self.alternatives * self.width > MOST_COPIES:
             _refuse(f"{self.width} properties in each of {self.alternatives} alternatives", MOST_COPIES)
+        if self.optional > MOST_OPTIONAL:
+            _refuse(f"{self.optional} properties of one object that may be left out", MOST_OPTIONAL)
         if self.several > 1 and self.values > MOST_PAIRS:
             _refuse(f"{self.values} pairs of values that are compared", MOST_PAIRS)
         if self.patterns > MOST_PATTERNS_AT_ONCE:
