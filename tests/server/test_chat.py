@@ -241,8 +241,12 @@ def test_an_answer_can_be_any_json_object(served: Served) -> None:
     assert content.lstrip().startswith("{")
 
 
-def test_a_schema_that_cannot_be_used_is_refused(llama: Served) -> None:
-    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/nowhere"}}}
+@pytest.mark.parametrize("schema", [
+    {"$ref": "#/nowhere"}, {"type": "string", "pattern": "^[z-a]$"}, {"type": "string", "pattern": r"^[^\s\S]$"},
+    {"enum": []},
+])  # fmt: skip
+def test_a_schema_that_cannot_be_used_is_refused(schema: dict[str, Any], llama: Served) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     refused = llama.post(PATH, chat(response_format=wanted))
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "response_format"

@@ -77,9 +77,7 @@ class Part:
             _multiple(self.schema),
         )
 
-    def _merge(
-        self, alternatives: int, values: int, width: int, optional: int, patterns: int, multiple: int
-    ) -> None:
+    def _merge(self, alternatives: int, values: int, width: int, optional: int, patterns: int, multiple: int) -> None:
         self.alternatives = min(self.alternatives * alternatives, 10**9)
         self.values = min(self.values * values, 10**9)
         self.several += values > 1

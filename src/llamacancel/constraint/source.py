@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .lark import check_lark
-from .matcher import Matcher, Vocabulary, compiled
+from .matcher import FREE, LIMITS, Matcher, Vocabulary, compiled
 from .pattern import check_regex
 from .schema import checked_schema
 
@@ -21,11 +21,13 @@ class Source:
     Args:
         what: How errors name it.
         grammar: What llguidance is given.
+        limits: What following it may take.
     """
 
-    def __init__(self, what: str, grammar: str) -> None:
+    def __init__(self, what: str, grammar: str, limits: dict[str, Any] = LIMITS) -> None:
         self._what = what
         self._grammar = grammar
+        self._limits = limits
         self._lock = threading.Lock()
         self._compiled: tuple[Vocabulary, Matcher] | None = None
 
@@ -37,7 +39,7 @@ class Source:
         """
         with self._lock:
             if self._compiled is None or self._compiled[0] is not vocabulary:
-                self._compiled = vocabulary, compiled(self._what, self._grammar, vocabulary)
+                self._compiled = vocabulary, compiled(self._what, self._grammar, vocabulary, self._limits)
             return self._compiled[1].copy()
 
 
@@ -78,7 +80,7 @@ def _of_regex(regex: Any) -> Source:
 
 def _of_lark(lark: Any) -> Source:
     check_lark(lark)
-    return Source("the Lark grammar", json.dumps({"grammars": [{"lark_grammar": lark}]}))
+    return Source("the Lark grammar", json.dumps({"grammars": [{"lark_grammar": lark}]}), FREE)
 
 
 def calls_of(functions: Iterable[tuple[str, Any]], begin: str, end: str, *, several: bool) -> Source:
