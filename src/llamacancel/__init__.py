@@ -4,8 +4,11 @@ A cancel reaches the work that was given its token, and leaves everything else a
 README tells what is promised and how it is tested.
 """
 
+import dataclasses as _dataclasses
+
 from . import aio as aio
 from .cancel import CancelToken, Cause
+from .cancel import publish as _publish
 from .chat import ChatDelta, ChatMessage, ChatPrompt
 from .engine import (
     Embedding,
@@ -85,3 +88,8 @@ __all__ = [
     "__version__",
     "build_info",
 ]
+
+# Tracebacks and `help()` show where a class is imported from. A data class's annotations are read in its own module.
+for _public in map(globals().__getitem__, __all__):
+    if isinstance(_public, type) and not _dataclasses.is_dataclass(_public):
+        _publish(_public, __name__)

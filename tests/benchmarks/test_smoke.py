@@ -98,3 +98,12 @@ def test_each_target_is_called_reached_or_missed(report: dict[str, Any]) -> None
 def test_the_plot_is_drawn_in_both_formats(out: Path) -> None:
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / "report.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the clock is put before the C library's")
+def test_the_gaps_between_looks_are_measured() -> None:
+    command = [sys.executable, "-m", "benchmarks.gaps", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = done.stdout.splitlines()[-1].split("|")
+    assert all(float(gap) > 0 for gap in row[3:5])

@@ -110,7 +110,9 @@ def _copied_window(context: lc.Context) -> None:
 def _fragmented(context: lc.Context) -> None:
     fill(context, woven(*((tokens(40, seq), 0, seq) for seq in range(3))))
     context.memory.remove(1)
-    if not context.memory.remove(2, 30):
+    try:
+        context.memory.remove(2, 30)
+    except ValueError:  # not a part of it
         context.memory.remove(2)
         fill(context, batch((tokens(30, 5), 0, 2)))
     fill(context, batch((tokens(9, 6), 40, 0)))

@@ -48,6 +48,15 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
 ALIKE = {"moe": "llama", "positions": "llama", "hybrid-conv": "hybrid", "hybrid-swa": "swa"}  # what they are made with
 
 
+def _removed(context: lc.Context, seq: int, first: int) -> bool:
+    """Removes what a sequence holds from a position on, if that can be."""
+    try:
+        context.memory.remove(seq, first)
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass
 class Counts:
     """What schedules came to: cancels that were honoured, by what was asked for, and the schedules that failed."""
@@ -370,7 +379,7 @@ class Schedule:
     def remove(self) -> None:
         seq, share = self.random.randrange(N_SEQ), self.random.choice([0.0, 0.0, 0.5, 0.9])
         first = int(share * (holds(self.twin)[seq][1] + 1))
-        self.both(lambda each: each.memory.remove(seq, first))
+        self.both(lambda each: _removed(each, seq, first))
 
     def copy(self) -> None:
         src, dst = self.random.sample(range(N_SEQ), 2)

@@ -6,13 +6,15 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import llamacancel as lc
 from tests.conftest import GENERATIVE
-from tests.device import GPU_LAYERS
+from tests.device import GPU_LAYERS, load
 
 from .clock import FAR, Clock, Flight, deadline_at, in_the_middle, readings_of
 from .words import NewContext, batch, cancelled, dead, decode, one_more, outputs, same_bits, tokens
@@ -98,6 +100,18 @@ def test_nonsense_is_no_aim(new_context: NewContext) -> None:
     for n_ubatch in (0, -5, 2**40):
         with pytest.raises(ValueError, match="n_ubatch"):
             new_context("llama", n_ubatch=n_ubatch)
+
+
+@pytest.mark.skipif(GPU_LAYERS != 0, reason="a device's ubatches are measured")
+@pytest.mark.parametrize("arch", GENERATIVE)
+def test_the_cut_on_a_cpu_follows_from_the_model_and_the_threads_alone(
+    arch: str, model_path: Callable[[str], Path]
+) -> None:
+    plans = []
+    for _ in range(2):
+        with load(model_path(arch)) as model, model.context(n_ctx=64, n_threads=1, cancel_latency=1e-4) as context:
+            plans.append(context.latency_plan)
+    assert plans[0] == plans[1]
 
 
 # ---- in the middle ---------------------------------------------------------------------------------------------

@@ -174,14 +174,15 @@ def test_a_context_is_not_made_to_its_end_by_a_cancelled_call(
 
 
 def test_a_cancel_reaches_the_measuring_that_the_first_context_waits_for(model_path: ModelPath) -> None:
+    device: dict[str, Any] = {"n_ctx": 256, "_n_pieces": 4}  # which the CPU stands in for
     with load(model_path("llama")) as model:
         for reading in (2, 4, 8):
             with deadline_at(reading), pytest.raises(lc.DeadlineExceeded, match="making a context"):
-                model.context(n_ctx=256, token=far())
+                model.context(token=far(), **device)
             token = far()
             with in_the_middle(token.cancel, at=reading), pytest.raises(lc.DecodeCancelled, match="making a context"):
-                model.context(n_ctx=256, token=token)
-        with model.context(n_ctx=256) as measured, model.context(n_ctx=256, token=far()) as known:
+                model.context(token=token, **device)
+        with model.context(**device) as measured, model.context(token=far(), **device) as known:
             assert measured.latency_plan == known.latency_plan
             assert measured.latency_plan.node_seconds is not None
 

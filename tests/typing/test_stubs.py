@@ -54,8 +54,9 @@ def stub(module: ModuleType) -> dict[str, ast.ClassDef]:
 
 
 def classes(module: ModuleType) -> dict[str, type]:
-    public = ((name, value) for name, value in vars(module).items() if inspect.isclass(value))
-    return {name: value for name, value in public if value.__module__ == module.__name__ and not name.startswith("_")}
+    """The public classes that the module makes."""
+    made = re.findall(r"^(?:cdef )?class ([A-Z]\w*)", source_of(module, ".pyx"), re.MULTILINE)
+    return {name: getattr(module, name) for name in made}
 
 
 def stubbed(node: ast.ClassDef) -> dict[str, ast.FunctionDef]:

@@ -508,7 +508,7 @@ ADD: list[tuple[str, str, Callable[[lc.Batch], object]]] = [
     ("tokens of 64 bits, unsigned", "32-bit", lambda b: b.add_sequence(np.array([2**64 - 1], np.uint64))),
     ("objects", "tokens integers object", lambda b: b.add_sequence([None, None])),
     ("logits unknown", "logits last first", lambda b: b.add_sequence([1], logits="first")),  # type: ignore[arg-type]
-    ("logits True", "logits True", lambda b: b.add_sequence([1], logits=True)),  # type: ignore[arg-type]
+    ("logits 2.5", "logits not 2.5", lambda b: b.add_sequence([1], logits=2.5)),  # type: ignore[arg-type]
     ("a negative position", "pos -1", lambda b: b.add_sequence([1], pos=-1)),
     ("the last position", "pos 2147483647", lambda b: b.add_sequence([1], pos=2**31 - 1)),
     ("a position that is a float", "pos 1.0", lambda b: b.add_sequence([1], pos=1.0)),  # type: ignore[arg-type]
@@ -590,13 +590,14 @@ def test_what_cannot_be_removed_is_not(arch: str, first: int, model_of: Any, new
         context.decode(batch_of(tokens[:600]))
         context.decode(batch_of(tokens[600:650], pos=600))
     held = ctx.memory.pos_min(0), ctx.memory.pos_max(0)
-    assert ctx.memory.remove(0, first) is False
-    assert ctx.memory.remove(0, first, first + 2) is False
+    for end in (-1, first + 2):
+        with pytest.raises(ValueError, match=r"remove the whole of the sequence"):
+            ctx.memory.remove(0, first, end)
     assert (ctx.memory.pos_min(0), ctx.memory.pos_max(0)) == held
     for context in (ctx, other):
         context.decode(batch_of(tokens[650:], pos=650))
     assert ctx.logits().tobytes() == other.logits().tobytes()
-    assert ctx.memory.remove(0) is True
+    ctx.memory.remove(0)
     assert ctx.memory.pos_max(0) == -1
 
 

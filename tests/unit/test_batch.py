@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -33,11 +35,34 @@ def test_a_sequence_is_added_in_one_call() -> None:
     assert batch.logits.tolist() == [False, False, False, True, True]
 
 
-@pytest.mark.parametrize(("logits", "wanted"), [("last", [0, 0, 1]), ("all", [1, 1, 1]), ("none", [0, 0, 0])])
-def test_logits_of_a_sequence_are_asked_for_by_a_word(logits: str, wanted: list[int]) -> None:
-    batch = lc.Batch(3)
-    batch.add_sequence([1, 2, 3], logits=logits)  # type: ignore[arg-type]
-    assert batch.logits.tolist() == [bool(w) for w in wanted]
+@pytest.mark.parametrize(
+    ("logits", "wanted", "of_one"),
+    [
+        ("last", [0, 0, 1], 1),
+        ("all", [1, 1, 1], 1),
+        (True, [1, 1, 1], 1),
+        (np.True_, [1, 1, 1], 1),
+        ("none", [0, 0, 0], 0),
+        (False, [0, 0, 0], 0),
+    ],
+)
+def test_logits_of_rows_are_asked_for_alike_one_by_one_and_together(
+    logits: Any, wanted: list[int], of_one: int
+) -> None:
+    batch = lc.Batch(4)
+    batch.add_sequence([1, 2, 3], logits=logits)
+    batch.add(4, 3, 0, logits=logits)
+    assert batch.logits.tolist() == [bool(w) for w in [*wanted, of_one]]
+
+
+@pytest.mark.parametrize("logits", ["some", "", None, 0.5, [True]])
+def test_what_says_nothing_of_logits_is_refused(logits: Any) -> None:
+    batch = lc.Batch(2)
+    with pytest.raises(lc.InvalidBatchError, match="logits must be True, False"):
+        batch.add(1, 0, 0, logits=logits)
+    with pytest.raises(lc.InvalidBatchError, match="logits must be True, False"):
+        batch.add_sequence([1], logits=logits)
+    assert len(batch) == 0
 
 
 @pytest.mark.parametrize(

@@ -239,13 +239,18 @@ def test_an_unexpected_error_with_every_step_ends_each_request_with_it_and_not_t
 
 
 def test_a_context_that_cannot_be_made_again_ends_the_engine_with_that_error(failing: Callable[..., lc.Engine]) -> None:
-    e = failing("llama", lambda seqs, number: failed("the context is unusable") if number == 2 else None)
+    submitted = threading.Event()
+    e = failing(
+        "llama",
+        lambda seqs, number: failed("the context is unusable") if number == 2 and submitted.wait(60) else None,
+    )
 
     def no_context(token: lc.CancelToken | None) -> lc.Context:
         raise lc.ContextError("no memory left on this machine")
 
     e._core.runner._make_context = no_context
     requests = [e.submit(ids(5, seed), max_tokens=20) for seed in range(3)]
+    submitted.set()
     for request in requests:
         with pytest.raises(lc.ClosedError, match="no memory left on this machine"):
             request.result(60)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import pickle
 import re
 from pathlib import Path
 
@@ -294,6 +296,16 @@ def test_the_public_names_are_those_of_the_package() -> None:
     for name in llamacancel.__all__:
         assert getattr(llamacancel, name) is not None
     assert {name for name in vars(llamacancel) if name[0].isupper()} <= set(llamacancel.__all__)
+
+
+def test_the_public_classes_show_the_public_module() -> None:
+    import llamacancel
+
+    for name in llamacancel.__all__:
+        value = getattr(llamacancel, name)
+        if isinstance(value, type) and not dataclasses.is_dataclass(value):
+            assert value.__module__ == "llamacancel", name
+            assert pickle.loads(pickle.dumps(value)) is value
 
 
 def test_the_library_never_prints() -> None:

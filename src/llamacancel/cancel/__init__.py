@@ -1,6 +1,6 @@
 """Tokens that say stop, and what a call tells that was stopped. Knows neither models nor llama.cpp."""
 
 from .outcome import cancelled_error, for_a_reader, is_lost
-from .token import CallbackHandle, CancelToken, Cause
+from .token import CallbackHandle, CancelToken, Cause, publish
 
-__all__ = ["CallbackHandle", "CancelToken", "Cause", "cancelled_error", "for_a_reader", "is_lost"]
+__all__ = ["CallbackHandle", "CancelToken", "Cause", "cancelled_error", "for_a_reader", "is_lost", "publish"]

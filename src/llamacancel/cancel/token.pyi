@@ -2,7 +2,7 @@ import enum
 from collections.abc import Callable
 from typing import NoReturn, final
 
-__all__ = ["CallbackHandle", "CancelToken", "Cause"]
+__all__ = ["CallbackHandle", "CancelToken", "Cause", "publish"]
 
 class Cause(enum.Enum):
     CLIENT = "client"
@@ -39,3 +39,5 @@ class CallbackHandle:
     @property
     def done(self) -> bool: ...
     def __reduce__(self) -> NoReturn: ...
+
+def publish(cls: type, module: str) -> None: ...

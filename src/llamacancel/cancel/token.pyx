@@ -20,7 +20,7 @@ from .._native.cancel.token cimport NativeCause, TokenCore
 from ..errors import DeadlineExceeded, DecodeCancelled
 from .deadlines import Alarms
 
-__all__ = ["CallbackHandle", "CancelToken", "Cause"]
+__all__ = ["CallbackHandle", "CancelToken", "Cause", "publish"]
 
 # A thread that waits looks for Ctrl-C this often.
 cdef int64_t SIGNAL_INTERVAL_NS = 50_000_000
@@ -512,3 +512,29 @@ cdef class CallbackHandle:
 
     def __reduce__(self):
         raise TypeError("a CallbackHandle cannot be pickled or copied: it belongs to the process that made it")
+
+
+# ---- public names ----------------------------------------------------------------------------------------
+
+cdef extern from "Python.h":
+    ctypedef struct PyTypeObject:
+        const char * tp_name
+        unsigned long tp_flags
+    unsigned long Py_TPFLAGS_HEAPTYPE
+
+cdef list _PUBLISHED = []  # the names that types point to
+
+
+def publish(cls, str module not None):
+    """Has a class show the module from which it is imported, in tracebacks, `help()` and pickles.
+
+    A compiled class cannot be told otherwise than by its C name, from which Python takes its module.
+    """
+    cdef PyTypeObject * compiled = <PyTypeObject *> cls
+    cdef bytes name
+    if compiled.tp_flags & Py_TPFLAGS_HEAPTYPE:
+        cls.__module__ = module
+    else:
+        name = f"{module}.{cls.__name__}".encode()
+        _PUBLISHED.append(name)
+        compiled.tp_name = name

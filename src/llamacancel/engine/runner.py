@@ -161,30 +161,33 @@ class Runner:
 
     def _act(self, action: Action, outcome: Outcome) -> None:
         if isinstance(action, Clear):
-            self._memory.remove(action.seq)
+            self._clear(action.seq)
             return
         try:
             if isinstance(action, Trim):
-                done = self._memory.remove(action.seq, action.length)
+                self._memory.remove(action.seq, action.length)
             else:
-                done = self._copy(action)
+                self._copy(action)
         except (ValueError, DirtySequenceError, DecodeFailedError, MemoryError):
-            done = False
-        if not done:
             self._lose(action.dst if isinstance(action, Copy) else action.seq, outcome)
 
-    def _copy(self, action: Copy) -> bool:
+    def _copy(self, action: Copy) -> None:
         length = -1 if action.length is None else action.length
         if self.unified:
             self._memory.copy(action.src, action.dst, 0, length)
         else:  # a cache of its own is copied as a whole
             self._memory.copy(action.src, action.dst)
-            if length >= 0 and not self._memory.remove(action.dst, length):
-                return False
-        return bool(self._memory.pos_max(action.dst) >= 0)
+            if length >= 0:
+                self._memory.remove(action.dst, length)
+        if self._memory.pos_max(action.dst) < 0:
+            raise ValueError(f"sequence {action.src} holds nothing to copy")
+
+    def _clear(self, seq: int) -> None:
+        with suppress(DecodeFailedError):  # the model is lost, as the next decode tells
+            self._memory.remove(seq)
 
     def _lose(self, seq: int, outcome: Outcome) -> None:
-        self._memory.remove(seq)
+        self._clear(seq)
         outcome.lost.append(seq)
 
     def _decode(self, plan: Plan, outcome: Outcome) -> None:

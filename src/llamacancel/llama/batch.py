@@ -15,6 +15,8 @@ __all__ = ["Batch"]
 
 _INT32 = np.iinfo(np.int32)
 
+Wanted = Literal["last", "all", "none"]
+
 
 class Batch:
     """Rows for one `decode` or `encode`: a token (or embedding), its position and its sequences.
@@ -45,14 +47,14 @@ class Batch:
         self._output = np.zeros(capacity, np.int8)
         self._view: Any = None  # the arrays as the native core reads them, made by the first call
 
-    def add(self, token: int | ArrayLike, pos: int, seq_ids: int | Iterable[int], logits: bool = False) -> int:
+    def add(self, token: int | ArrayLike, pos: int, seq_ids: int | Iterable[int], logits: bool | Wanted = False) -> int:
         """Add one row.
 
         Args:
             token: A token id, or a row of `n_embd` floats in a batch of embeddings.
             pos: Position in its sequences.
             seq_ids: The sequence, or the sequences that share the row.
-            logits: Whether the row's output is wanted.
+            logits: Whether the row's output is wanted; in `add_sequence`'s words, "last" and "all" say yes, "none" no.
 
         Returns:
             The row's index.
@@ -61,6 +63,7 @@ class Batch:
             InvalidBatchError: If the batch is full or being decoded, or a value is none that a row can have.
         """
         self._check_unread()
+        wanted = _wanted(logits)
         ids = self._sequence_ids(seq_ids)
         row = self._n
         first = int(self._seq_offset[row])
@@ -76,7 +79,7 @@ class Batch:
         except (TypeError, ValueError, OverflowError) as error:
             raise InvalidBatchError(f"row {row}: {error}") from error
         self._seq_offset[row + 1] = first + len(ids)
-        self._output[row] = bool(logits)
+        self._output[row] = wanted != "none"
         self._n += 1
         return row
 
@@ -85,7 +88,7 @@ class Batch:
         tokens: ArrayLike,
         pos: int = 0,
         seq_id: int | Iterable[int] = 0,
-        logits: Literal["last", "all", "none"] = "last",
+        logits: bool | Wanted = "last",
     ) -> range:
         """Add consecutive rows of one sequence (or of sequences that share them) in one call.
 
@@ -93,7 +96,7 @@ class Batch:
             tokens: Token ids of shape (n,), or floats of shape (n, n_embd) in a batch of embeddings.
             pos: Position of the first row.
             seq_id: The sequence, or the sequences that share the rows.
-            logits: Which rows' outputs are wanted.
+            logits: Whose outputs are wanted: that of the "last" row, those of "all" (or True), or "none" (or False).
 
         Returns:
             The rows' indices.
@@ -103,8 +106,7 @@ class Batch:
                 have.
         """
         self._check_unread()
-        if logits not in ("last", "all", "none"):
-            raise InvalidBatchError(f'logits must be "last", "all" or "none", not {logits!r}')
+        wanted = _wanted(logits)
         ids = self._sequence_ids(seq_id)
         values: NDArray[Any]
         if self._embd is None:
@@ -125,8 +127,8 @@ class Batch:
             self._embd[rows] = values
         self._pos[rows] = np.arange(pos, pos + n, dtype=np.int32)
         self._seq_offset[self._n + 1 : self._n + n + 1] = first + len(ids) * np.arange(1, n + 1, dtype=np.int32)
-        self._output[rows] = logits == "all"
-        if n and logits == "last":
+        self._output[rows] = wanted == "all"
+        if n and wanted == "last":
             self._output[self._n + n - 1] = 1
         self._n += n
         return range(rows.start, rows.stop)
@@ -190,6 +192,15 @@ class Batch:
     def _room(self, n: int) -> None:
         if self._n + n > self._capacity:
             raise InvalidBatchError(f"{n} more rows do not fit: the batch holds {self._n} of {self._capacity}")
+
+
+def _wanted(logits: Any) -> str:
+    """Whose outputs are wanted, in words."""
+    if isinstance(logits, str) and logits in ("last", "all", "none"):
+        return logits
+    if isinstance(logits, (bool, np.bool_, int)):
+        return "all" if logits else "none"
+    raise InvalidBatchError(f'logits must be True, False, "last", "all" or "none", not {logits!r}')
 
 
 def _is_integer(value: Any) -> bool:

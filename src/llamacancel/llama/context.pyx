@@ -10,6 +10,7 @@ cimport cython
 from libc.stddef cimport size_t
 from libc.stdint cimport int8_t, int32_t, uint32_t
 from libc.string cimport memcpy
+from libcpp cimport bool as cbool
 from libcpp.map cimport map as cppmap
 from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
@@ -65,7 +66,7 @@ cdef class Context:
         n_threads: Threads for the computation; None for all CPUs that the process may use.
         n_threads_batch: Threads for more than one row at a time; None for the same.
         cancel_latency: Seconds from a cancel to the call's return to aim for. The context cuts its work to
-            meet it and says in `latency_plan` what it measured and chose: on a CPU smaller ubatches, where
+            meet it and says in `latency_plan` what it expects and chose: on a CPU smaller ubatches, where
             looks at the token would lie too far apart; on other devices pieces of a ubatch's graph, with
             looks at the token between. None: no aim.
         embeddings: Compute embeddings. Every row is an output then.
@@ -77,8 +78,8 @@ cdef class Context:
         swa_full: Keep all positions in a sliding-window cache, so that any can be removed again.
         rope_scaling, rope_freq_base, rope_freq_scale, yarn_ext_factor, yarn_attn_factor, yarn_beta_fast,
         yarn_beta_slow, yarn_orig_ctx, offload_kqv, op_offload, no_perf: As in llama.cpp.
-        token: Cancels the making: the measuring for `cancel_latency`, which a model's first context waits for, and the
-            clearing of the memory.
+        token: Cancels the making: the clearing of the memory and, on other devices than a CPU, the measuring for
+            `cancel_latency`, which a model's first context waits for.
 
     Raises:
         DecodeCancelled: If `token` was cancelled.
@@ -160,6 +161,8 @@ cdef class Context:
         cdef Cut cut
         cdef uint32_t limit = min(params.n_batch, <uint32_t> _LARGEST_UBATCH)
         cdef GapCost cost
+        # A seam for tests: a CPU that stands in for a device, and is stopped between pieces of a graph only.
+        cdef cbool as_device = _n_pieces is not None
         # Encoders and pooling read a sequence in one piece, whatever that takes.
         one_piece = (model.memory_kind == "none" or not model_box.get().causal() or model.has_encoder
                      or (embeddings and pooling != "none"))
@@ -171,11 +174,11 @@ cdef class Context:
         on_cpu = model_box.get().on_cpu()
         if cancel_latency is not None and not (on_cpu and (one_piece or n_ubatch is not None)):
             with nogil:
-                status = model_box.get().gap_cost(params.n_threads_batch, call, cost)
+                status = model_box.get().gap_cost(params.n_threads_batch, as_device, call, cost)
             drain_log()
             check_status(status, "making a context", message, &call, interrupt)
             cut = Cut.choose(target, cost, limit) if on_cpu else Cut.for_device(target, cost, limit)
-        if _n_pieces is not None:  # a seam for tests: a CPU that is stopped between pieces of a graph only
+        if as_device:
             cut.n_pieces = integer("_n_pieces", _n_pieces, 1, 2**31 - 1)
 
         with nogil:

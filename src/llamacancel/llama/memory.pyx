@@ -2,7 +2,6 @@
 """What a context holds of its sequences: `context.memory`."""
 
 cimport cython
-from libcpp cimport bool as cbool
 from libcpp.string cimport string
 
 from .._native.cancel.call cimport Call
@@ -60,21 +59,23 @@ cdef class Memory:
     def remove(self, seq_id, p0=0, p1=-1):
         """Forget positions p0 to p1 (without it; negative: the end) of a sequence. What nobody else holds is zeroed.
 
-        Returns:
-            False, with nothing changed, if that cannot be done: part of a recurrent state, or so much of a
-            sliding window that what is left could not be continued. A whole sequence can always be removed.
+        Raises:
+            ValueError: If that cannot be done: part of a recurrent state, or so much of a sliding window that what is left
+                could not be continued. Nothing was changed. A whole sequence can always be removed.
+            DecodeFailedError: If it lies on an RPC server to which the connection was lost.
         """
         cdef llama_pos first = integer("p0", p0, -2**31, 2**31 - 1)
         cdef llama_pos last = integer("p1", p1, -2**31, 2**31 - 1)
         cdef llama_seq_id seq = self.context._check_seq(seq_id)
-        cdef cbool removed
+        cdef string problem
+        cdef Status status
         box = self._enter("remove")
         try:
             with nogil:
-                removed = box.remove(seq, first, last)
-            return removed
+                status = box.remove(seq, first, last, problem)
         finally:
             box.release()
+        check_status(status, "remove", problem, NULL, None)
 
     def copy(self, src, dst, p0=0, p1=-1, token=None):
         """Give sequence `dst` the positions p0 to p1 of `src` (negative: the end), without computing them again.

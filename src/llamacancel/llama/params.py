@@ -75,11 +75,10 @@ class LatencyPlan:
         max_outputs: Most rows with logits in one ubatch.
         n_pieces: Pieces in which the graph of a full ubatch is handed to a device that is no CPU; 0: as a whole.
         n_pieces_of_one: Those of a single token's.
-        node_seconds: The longest time between two looks at the token that is expected with `n_ubatch` rows, as
-            measured when the model's first context was made (of a whole ubatch, where there are pieces to cut it into).
-            None if not measured.
-        attention_seconds: By how much it grows for a row and 1,000 cells that the row looks at. Near the end of
-            a long context ubatches may get smaller for it. None if not measured.
+        node_seconds: The longest time between two looks at the token that is expected with `n_ubatch` rows: on a CPU
+            estimated from the model's widest layer, on other devices as measured when the model's first context was
+            made (of a whole ubatch, where there are pieces to cut it into). None without an aim.
+        attention_seconds: By how much it grows for a row and 1,000 cells that the row looks at. None without an aim.
     """
 
     target: float | None

@@ -378,23 +378,33 @@ void ContextBox::forget(const std::function<void()> & change) {
     }
 }
 
-bool ContextBox::remove(llama_seq_id seq, llama_pos p0, llama_pos p1) {
+Status ContextBox::remove(llama_seq_id seq, llama_pos p0, llama_pos p1, std::string & message) {
     const InFlight in_flight;
     const llama_pos last = memory_.pos_max(seq);
     const bool whole = p0 <= 0 && (p1 < 0 || p1 > last);
     if (!whole && p0 <= last && forgot(seq, p0)) {
-        return false;
+        message = "a sliding window has forgotten what position " + std::to_string(p0) +
+                  " would look back on: remove the whole of the sequence";
+        return Status::Invalid;
     }
     // llama.cpp takes the middle of a recurrent sequence for removed, and removes it from the attention part alone.
-    if (!whole && memory_.recurrent && p0 <= last && p1 >= 0 && p0 < p1) {
-        return false;
-    }
+    const bool middle = !whole && memory_.recurrent && p0 <= last && p1 >= 0 && p0 < p1;
     bool removed = false;
-    forget([&] { removed = memory_.memory->seq_rm(seq, whole ? -1 : p0, whole ? -1 : p1); });
-    if (removed && whole) {
-        dirty_.erase(seq);
+    if (!middle) {
+        forget([&] { removed = memory_.memory->seq_rm(seq, whole ? -1 : p0, whole ? -1 : p1); });
     }
-    return removed;
+    if (removed) {
+        if (whole) {
+            dirty_.erase(seq);
+        }
+        return Status::Done;
+    }
+    message = unusable();
+    if (!message.empty()) {
+        return Status::Failed;
+    }
+    message = "part of a recurrent state cannot be removed: remove the whole of the sequence";
+    return Status::Invalid;
 }
 
 Status ContextBox::copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1, Call & call,

@@ -91,7 +91,8 @@ public:
     DecodeReport encode(const BatchView & batch, Call & call);
     int32_t decode_bare(const BatchView & batch);  // llama_decode() itself, for comparison
 
-    bool remove(llama_seq_id seq, llama_pos p0, llama_pos p1);
+    // Status::Invalid with a message, and nothing changed, where part of a sequence cannot go. All of it always can.
+    Status remove(llama_seq_id seq, llama_pos p0, llama_pos p1, std::string & message);
     // A copy that is cancelled leaves `to` as it was.
     Status copy(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1, Call & call, std::string & message);
     void keep(llama_seq_id seq);

@@ -68,7 +68,7 @@ cdef extern from "guard/context.hpp" namespace "llamacancel" nogil:
                             OnCancel on_cancel) except +
         DecodeReport encode(const BatchView & batch, Call & call) except +
         int32_t decode_bare(const BatchView & batch) except +
-        bool remove(llama_seq_id seq, llama_pos p0, llama_pos p1) except +
+        Status remove(llama_seq_id seq, llama_pos p0, llama_pos p1, string & message) except +
         Status copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1, Call & call, string & message) except +
         void keep(llama_seq_id seq) except +
         Status clear(Call & call, string & message) except +

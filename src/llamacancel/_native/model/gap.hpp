@@ -1,4 +1,4 @@
-// How far apart a model's looks at its token lie, measured.
+// How far apart a model's looks at its token lie: estimated where that is little, else measured.
 #pragma once
 
 #include <atomic>
@@ -8,9 +8,7 @@ struct llama_model;
 
 namespace llamacancel {
 
-// How long a decode computes at most between two looks at its token, as a function of what it computes. Measured once
-// for a model and thread count: llama.cpp as we patch it looks between blocks of a kernel, an unpatched one between
-// nodes.
+// How long a decode computes at most between two looks at its token, as a function of what it computes.
 struct GapCost {
     double seconds = 0;             // however small the ubatch
     double seconds_per_row = 0;     // and more for each row
@@ -18,6 +16,10 @@ struct GapCost {
     double seconds_of_one = 0;      // of a single row, on other devices than the CPU: weights are read for it alone
     double seconds_per_output = 0;  // for each row with logits, where a node is the least that can be stopped
 };
+
+// Of a CPU whose long kernels look inside (vendor/patches): what is left between two looks is a node that computes each
+// element of its rows by itself. It follows from the model's shape, so that the cut never depends on a time.
+GapCost estimate_gap_cost(const llama_model & model, int32_t n_threads);
 
 // Runs some tokens through the first layers, a few times for at most 0.1 s each; on other devices than the CPU, which
 // do not look inside a graph, through all of them, for at most a second each. `max_positions`: as many as the model

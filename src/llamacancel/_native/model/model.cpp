@@ -311,7 +311,13 @@ llama_context * ModelBox::make_context(const llama_context_params & params, Call
     return llama_init_from_model(model_, params);
 }
 
-Status ModelBox::gap_cost(int32_t n_threads, Call & call, GapCost & cost) {
+Status ModelBox::gap_cost(int32_t n_threads, [[maybe_unused]] bool device, Call & call, GapCost & cost) {
+#ifdef LLAMACANCEL_PATCHED
+    if (on_cpu_ && !device) {
+        cost = estimate_gap_cost(*model_, n_threads);
+        return Status::Done;
+    }
+#endif
     const InFlight in_flight;
     try {
         const auto lock = lock_under(cost_mutex_, call);

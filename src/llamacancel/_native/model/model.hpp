@@ -48,8 +48,9 @@ public:
     // Throws Stopped once `call` is to stop.
     llama_context * make_context(const llama_context_params & params, Call & call);
 
-    // Measured on first use for a number of threads, so that all contexts of a model are cut alike.
-    Status gap_cost(int32_t n_threads, Call & call, GapCost & cost);
+    // Measured on first use for a number of threads, so that all contexts of a model are cut alike; estimated on a CPU
+    // that looks inside its kernels, unless it stands in for a `device`.
+    Status gap_cost(int32_t n_threads, bool device, Call & call, GapCost & cost);
 
 private:
     using Servers = std::vector<std::shared_ptr<RpcServer>>;

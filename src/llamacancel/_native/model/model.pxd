@@ -29,7 +29,7 @@ cdef extern from "model/model.hpp" namespace "llamacancel" nogil:
         int32_t max_positions() noexcept
         bool causal() noexcept
         MemoryKind memory_kind() noexcept
-        Status gap_cost(int32_t n_threads, Call & call, GapCost & cost) except +
+        Status gap_cost(int32_t n_threads, bool device, Call & call, GapCost & cost) except +
         Status load_adapter(const string & path, Call & call, llama_adapter_lora * & adapter, string & identity,
                             string & message) except +
         void free_adapter(llama_adapter_lora * adapter) except +
