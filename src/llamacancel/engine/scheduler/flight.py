@@ -31,12 +31,11 @@ class Flight:
         """The parts that are computed at a time, where `gone` says which of the plan's requests were cancelled."""
         plan = self.plan
         if plan.rows:
-            rows = [(rows.count, is_gone) for rows, is_gone in zip(plan.rows, gone, strict=True)]
+            rows = [(rows.start, rows.count, is_gone) for rows, is_gone in zip(plan.rows, gone, strict=True)]
             return policy.parts_of(self.pace, self.limits.n_ubatch, rows, self.rules.by_sequence)
-        each = self.pace.row_seconds or 0.0
-        total = sum(request.n_prompt for request in plan.texts)
-        saved = sum(request.n_prompt for request, is_gone in zip(plan.texts, gone, strict=True) if is_gone)
-        return [policy.Part(total * each, saved * each)]
+        seconds = [request.n_prompt * self.pace.row_at(request.n_prompt / 2) for request in plan.texts]
+        saved = sum(each for each, is_gone in zip(seconds, gone, strict=True) if is_gone)
+        return [policy.Part(sum(seconds), saved)]
 
     def stops_inside(self, gone: Sequence[bool], now: float) -> bool:
         """Whether the step is to be stopped in the middle of a ubatch, now that some of its requests were cancelled:

@@ -65,6 +65,7 @@ class Plan:
         n_prompt_rows: Rows that a prompt has more than one of in this step.
         n_other_rows: Of running generations, and the last one of a prompt. A generation has one, or several that its
             constraint left no choice about.
+        n_before: Tokens that rows of prompts have before them, of all together.
         whole: It is not stopped for those who leave: somebody in it was passed over too often.
         began: When it was made, in seconds.
     """
@@ -74,6 +75,7 @@ class Plan:
     texts: list[Request] = field(default_factory=list)
     n_prompt_rows: int = 0
     n_other_rows: int = 0
+    n_before: float = 0.0
     whole: bool = False
     began: float = 0.0
 
@@ -81,6 +83,11 @@ class Plan:
     def requests(self) -> list[Request]:
         """Those that it computes something for."""
         return [rows.request for rows in self.rows] + self.texts
+
+    @property
+    def depth(self) -> float:
+        """How many tokens a row of a prompt has before it, on average."""
+        return self.n_before / self.n_prompt_rows if self.n_prompt_rows else 0.0
 
     def __bool__(self) -> bool:
         return bool(self.actions or self.rows or self.texts)

@@ -18,23 +18,23 @@ __all__ = [
     "parts_of",
     "place_of",
     "prompt_budget",
+    "rows_within",
     "share",
+    "slack",
     "stops_inside",
     "whole_tiles",
+    "whole_turn",
 ]
 
-_LEAST_ROWS = 64  # of a prompt in a step, however slow the machine is: fewer take nearly as long
-_SHORT_ROWS = 64  # a ubatch with fewer rows takes nearly as long as one with so many: all weights are read for it
-_TILE_ROWS = 64  # attention takes so many rows of a sequence at a time (ggml's GGML_FA_TILE_Q): fewer take as long
-_SCRAP_SHARE = 0.1  # so much shorter a step may be for that
-_ENOUGH = 1.25  # so much longer a step may be if all prompts are through with it
+# What each of them buys is in docs/tuning.md; `python -m benchmarks.policy` measures it.
+_TILE_ROWS = 64  # attention takes so many rows of a sequence at a time (ggml's GGML_FA_TILE_Q), and fewer one by one
 _FEW_ROWS = 32  # of a running generation in a step: more that its constraint forces are computed as a prompt is
-_ALONE = 1.25  # steps may be so many times longer while nobody generates: only newcomers wait for their end
-_CLEARLY = 2  # times as much must the first tokens gain that do not wait for a whole step as the others lose
 _LONG_SECONDS = 0.25  # longer than that a cancelled request does not wait for the part of a step that others want
-_PASSED_OVER = 2  # so often in a row a step may be stopped before it comes to somebody's rows
 _PATIENCE = 0.5  # seconds that stopped steps may cost the others at once
 _PATIENCE_SHARE = 0.1  # and of the time in the long run
+_PASSED_OVER = 2  # so often in a row a step may be stopped before it comes to somebody's rows
+_NEWEST = 0.2  # what the newest step weighs in how long rows take
+_NEWEST_LINE = 0.05  # and in how much longer they take the more is before them
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,29 +81,45 @@ class Pace:
     """A running measure of how long rows take.
 
     Attributes:
-        row_seconds: Of one prompt row; None until one was seen.
+        row_seconds: Of one prompt row that has nothing before it; None until one was seen.
+        deeper: How much longer a row takes for each token before it, as a share of that.
         step_seconds: Of a step without prompt rows.
         patience: Seconds that steps stopped for somebody else's cancel may still cost.
     """
 
-    __slots__ = ("patience", "row_seconds", "step_seconds")
-
-    _WEIGHT = 0.2
-    _WEIGHT_DEARER = 0.5  # a guess: rows get dearer as a prompt gets longer, and neighbours wait for too long steps
+    __slots__ = ("_seen", "deeper", "patience", "row_seconds", "step_seconds")
 
     def __init__(self) -> None:
         self.row_seconds: float | None = None
+        self.deeper = 0.0
+        self._seen = [0.0] * 5  # sums over depths x and seconds y of a row, the newest weigh most: 1, x, y, xx, xy
         self.step_seconds = 0.0
         self.patience = _PATIENCE
 
-    def observe(self, prompt_rows: int, other_rows: int, seconds: float) -> None:
-        """A step with so many rows took so long."""
+    def row_at(self, depth: float) -> float:
+        """Seconds of a prompt row that has so many tokens before it; 0 until one was seen."""
+        return (self.row_seconds or 0.0) * (1 + self.deeper * depth)
+
+    def observe(self, prompt_rows: int, other_rows: int, seconds: float, depth: float = 0.0) -> None:
+        """A step with so many rows took so long. `depth`: how many tokens a prompt row had before it, on average."""
         self.patience = min(self.patience + _PATIENCE_SHARE * seconds, _PATIENCE)
         if prompt_rows == 0:
-            self.step_seconds += self._WEIGHT * (seconds - self.step_seconds) if self.step_seconds else seconds
+            self.step_seconds += _NEWEST * (seconds - self.step_seconds) if self.step_seconds else seconds
         elif prompt_rows >= 8:
             base = min(self.step_seconds, seconds / 2) if other_rows else 0.0
-            self.row_seconds = self._nearer(self.row_seconds, (seconds - base) / prompt_rows)
+            each = (seconds - base) / prompt_rows
+            self._learn(depth, each)
+            each /= 1 + self.deeper * depth
+            known = each if self.row_seconds is None else self.row_seconds
+            self.row_seconds = known + _NEWEST * (each - known)
+
+    def _learn(self, x: float, y: float) -> None:
+        """The line through what was seen. It is level where all was seen at about the same depth."""
+        new = 1.0, x, y, x * x, x * y
+        self._seen = [old + _NEWEST_LINE * (each - old) for old, each in zip(self._seen, new, strict=True)]
+        n, sx, sy, sxx, sxy = self._seen
+        slope = max((n * sxy - sx * sy) / (n * sxx - sx * sx + (n * _TILE_ROWS) ** 2), 0.0)
+        self.deeper = slope * n / max(sy - slope * sx, sy / 10) if sy else 0.0
 
     def observe_stop(self, seconds: float) -> None:
         """A step was stopped, which costs the others so much."""
@@ -112,13 +128,29 @@ class Pace:
     def copy(self) -> Pace:
         """As it is now."""
         copied = Pace()
-        copied.row_seconds, copied.step_seconds, copied.patience = self.row_seconds, self.step_seconds, self.patience
+        copied.row_seconds, copied.deeper = self.row_seconds, self.deeper
+        copied.step_seconds, copied.patience = self.step_seconds, self.patience
         return copied
 
-    def _nearer(self, known: float | None, measured: float) -> float:
-        if known is None:
-            return measured
-        return known + (self._WEIGHT_DEARER if measured > known else self._WEIGHT) * (measured - known)
+
+def rows_within(pace: Pace, seconds: float, pieces: Sequence[tuple[int, int]]) -> int:
+    """How many rows of prompts are computed in so many seconds.
+
+    Args:
+        pace: How long rows take: one has been seen.
+        seconds: The time.
+        pieces: In order: where a piece begins, and its rows.
+    """
+    rows = 0
+    for start, count in pieces:
+        for at in range(start, start + count, _TILE_ROWS):
+            n = min(_TILE_ROWS, start + count - at)
+            each = pace.row_at(at + n / 2)
+            if seconds < n * each:
+                return rows + int(seconds / each)
+            seconds -= n * each
+            rows += n
+    return rows
 
 
 def is_short(limits: Limits, request: Request) -> bool:
@@ -128,29 +160,29 @@ def is_short(limits: Limits, request: Request) -> bool:
     return request.held >= request.n_prompt and request.rows_left <= min(_FEW_ROWS, limits.n_batch // limits.slots)
 
 
-def prompt_budget(limits: Limits, pace: Pace, n_generating: int, wanted: int, by_sequence: bool = False) -> int:
+def prompt_budget(
+    limits: Limits, pace: Pace, n_generating: int, pieces: Sequence[tuple[int, int]], by_sequence: bool = False
+) -> int:
     """Most rows of prompts in the next step, next to `n_generating` rows of running generations.
 
-    As many as `step_seconds` allow. But a little more if then nothing is left of the `wanted` ones, which would take a
-    step of its own; and where all rows are computed in their order, no last ubatch of so few rows that it would hardly
-    be worth its time. (`by_sequence`: each prompt has ubatches of its own, and the single rows have another one.)
+    `pieces` are what could be computed, in order: where each begins, and its rows.
+
+    As many as `step_seconds` allow; but at least a tile of a prompt, however slow the machine is, and where all rows
+    are computed in their order, no last ubatch that is less than a tile. (`by_sequence`: each prompt has ubatches of
+    its own, and the single rows have another one.)
     """
     room = limits.n_batch - n_generating
     if limits.step_seconds is None or room <= 0:
         return max(room, 0)
     if pace.row_seconds is None:
-        rows = min(limits.n_ubatch, _LEAST_ROWS) if n_generating else limits.n_ubatch
-    elif n_generating:
-        rows = int((limits.step_seconds - pace.step_seconds) / pace.row_seconds)
+        rows = min(limits.n_ubatch, _TILE_ROWS) if n_generating else limits.n_ubatch
     else:
-        rows = int(limits.step_seconds * _ALONE / pace.row_seconds)
-    if wanted <= rows * _ENOUGH:
-        rows = wanted
+        rows = rows_within(pace, limits.step_seconds - pace.step_seconds * (n_generating > 0), pieces)
     if by_sequence:
-        return min(room, max(rows, min(_LEAST_ROWS + (n_generating > 0), limits.n_ubatch)))
+        return min(room, max(rows, min(_TILE_ROWS + (n_generating > 0), limits.n_ubatch)))
+    least = min(_TILE_ROWS, max(limits.n_ubatch - n_generating, 1))
     last = (rows + n_generating) % limits.n_ubatch
-    least = min(_LEAST_ROWS, max(limits.n_ubatch - n_generating, 1))
-    if last < _SHORT_ROWS and rows - last >= least and (n_generating or rows < wanted):
+    if last < _TILE_ROWS and rows - last >= least and (n_generating or rows < sum(count for _, count in pieces)):
         rows -= last
     return min(room, max(rows, least))
 
@@ -178,20 +210,34 @@ def share(budget: int, wants: Sequence[tuple[int, int]]) -> list[int]:
     return given
 
 
-def whole_tiles(count: int, wanted: int, budget: int, spare: bool = False, shared: int = 0) -> int:
+def whole_turn(turn: int, shared: int = 0) -> int:
+    """The rows that a prompt may have in its turn: the last of them fill a tile."""
+    return max(turn, _TILE_ROWS + shared)
+
+
+def slack(limits: Limits, room: int, by_sequence: bool) -> int:
+    """By how many rows a step may be longer, of the `room` that there is, so that the end of a prompt fills a tile."""
+    return max(min(room, _TILE_ROWS), 0) if by_sequence and limits.n_ubatch >= 2 * _TILE_ROWS else 0
+
+
+def whole_tiles(count: int, wanted: int, spare: bool = False, shared: int = 0, slack: int = 0) -> int:
     """As many of `count` rows as are worth their time, if a prompt could use `wanted`.
 
-    All, if these are the last ones. Otherwise those that would begin a tile and not fill it come with a later step, but
-    not if they are much of the `budget` of this one. None, if they are too few for a ubatch of their own that the step
-    can `spare`, since others' rows are in it. The first `shared` rows are in a ubatch with others' single rows: 64 rows
-    with one shared were seen to take twice as long as 65.
+    All, if these are the last ones. Otherwise whole tiles, and so many of them that those that are left fill one, too:
+    attention takes fewer rows one by one, which was seen to take four times as long. Where that cannot be, none if the
+    step can `spare` them, since others' rows are in it; or all that are wanted, if they are within `slack` of `count`.
+    The first `shared` rows are in a ubatch with others' single rows.
     """
-    scrap = (count - shared) % _TILE_ROWS
-    if spare and count < min(wanted, _SHORT_ROWS):
-        return 0
-    if count in (wanted, scrap + shared) or scrap > budget * _SCRAP_SHARE:
+    if count == wanted:
         return count
-    return count - scrap
+    whole = (count - shared) // _TILE_ROWS * _TILE_ROWS
+    if wanted - whole - shared < _TILE_ROWS + shared:
+        whole -= _TILE_ROWS
+    if whole > 0:
+        return whole + shared
+    if spare:
+        return 0
+    return wanted if wanted < 2 * (_TILE_ROWS + shared) and wanted <= count + slack else count
 
 
 def ends_here(limits: Limits, pace: Pace, n_complete: int, n_behind: int, rows_behind: int) -> bool:
@@ -199,12 +245,12 @@ def ends_here(limits: Limits, pace: Pace, n_complete: int, n_behind: int, rows_b
 
     The first tokens of `n_complete`, of which part was computed in a step before, then need not wait for the
     `rows_behind` that would be in the step, too, while the `n_behind` prompts behind come later by what one more step
-    costs in itself. It ends if that is clearly the smaller part: the sum of all waiting shrinks, and the last one's
-    hardly grows. Prompts that were begun together are not parted: who generates later alone costs as much as several.
+    costs in itself. It ends if that is the smaller part: the sum of all waiting shrinks. Prompts that were begun
+    together are not parted: who generates later alone costs as much as several.
     """
     if limits.step_seconds is None:
         return False
-    return n_complete * rows_behind * (pace.row_seconds or 0.0) > n_behind * pace.step_seconds * _CLEARLY
+    return n_complete * rows_behind * pace.row_at(0) > n_behind * pace.step_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,41 +266,40 @@ class Part:
     saved: float
 
 
-def parts_of(pace: Pace, n_ubatch: int, rows: Sequence[tuple[int, bool]], by_sequence: bool = False) -> list[Part]:
+def parts_of(pace: Pace, n_ubatch: int, rows: Sequence[tuple[int, int, bool]], by_sequence: bool = False) -> list[Part]:
     """The ubatches of a step.
 
     Args:
         pace: How long rows take.
         n_ubatch: Rows of a ubatch.
-        rows: Of each request how many it has in the step, and whether it was cancelled. A single row takes no time of
-            its own: what it costs is what a step without prompts costs, be it one row or twenty.
+        rows: Of each request where its rows in the step begin, how many it has, and whether it was cancelled. A single
+            row takes no time of its own: what it costs is what a step without prompts costs, be it one row or twenty.
         by_sequence: The single rows are computed first, then each prompt by itself. False: all rows in their order.
     """
-    each = pace.row_seconds or 0.0
     if by_sequence:
-        parts = [Part(pace.step_seconds, 0.0)] if any(count == 1 for count, _ in rows) else []
-        for count, cancelled in rows:
+        parts = [Part(pace.step_seconds, 0.0)] if any(count == 1 for _, count, _ in rows) else []
+        for start, count, cancelled in rows:
             for begin in range(0, count if count > 1 else 0, n_ubatch):
-                seconds = min(n_ubatch, count - begin) * each
+                n = min(n_ubatch, count - begin)
+                seconds = n * pace.row_at(start + begin + n / 2)
                 parts.append(Part(seconds, seconds * cancelled))
         return parts
-    n_parts = -(-sum(count for count, _ in rows) // n_ubatch)
-    singles, prompts, saved = [0] * n_parts, [0] * n_parts, [0] * n_parts
+    n_parts = -(-sum(count for _, count, _ in rows) // n_ubatch)
+    singles, prompts, saved = [0.0] * n_parts, [0.0] * n_parts, [0.0] * n_parts
     at = 0
-    for count, cancelled in rows:
-        end = at + count
+    for start, count, cancelled in rows:
+        first, end = at, at + count
         while at < end:
             i = at // n_ubatch
             n = min(end, (i + 1) * n_ubatch) - at
             if count == 1:
-                singles[i] += 1
+                singles[i] = pace.step_seconds
             else:
-                prompts[i] += n
-                saved[i] += n * cancelled
+                seconds = n * pace.row_at(start + at - first + n / 2)
+                prompts[i] += seconds
+                saved[i] += seconds * cancelled
             at += n
-    return [
-        Part(prompts[i] * each + (pace.step_seconds if singles[i] else 0.0), saved[i] * each) for i in range(n_parts)
-    ]
+    return [Part(prompts[i] + singles[i], saved[i]) for i in range(n_parts)]
 
 
 def loss(parts: Sequence[Part], elapsed: float) -> float:

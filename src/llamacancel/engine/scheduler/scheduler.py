@@ -169,12 +169,12 @@ class Scheduler:
         suspect = next((request for request in self.active.values() if request.suspect), None)
         running = [suspect] if suspect is not None else list(self.active.values())
         prompts = [request for request in running if not policy.is_short(self.limits, request)]
-        budget = 0
+        prompts.sort(key=lambda request: (request.place, request.number))
+        budget, n_others = 0, _rows_of(running) - _rows_of(prompts)
         if prompts:
-            wanted = _rows_of(prompts)
-            budget = policy.prompt_budget(
-                self.limits, self.pace, _rows_of(running) - wanted, wanted, self.rules.by_sequence
-            )
+            turns = [(request.held, min(request.rows_left, request.turn)) for request in prompts]
+            pieces = turns + [(at + n, request.rows_left - n) for request, (at, n) in zip(prompts, turns, strict=True)]
+            budget = policy.prompt_budget(self.limits, self.pace, n_others, pieces, self.rules.by_sequence)
         allowed = budget
         if self.rules.cells is not None:
             running, prompts, budget = self._make_room(running, prompts, budget, now)
@@ -189,26 +189,29 @@ class Scheduler:
             plan.rows.sort(key=lambda rows: rows.slot)
 
     def _plan_prompts(self, plan: Plan, prompts: list[Request], budget: int, short_of_memory: bool) -> None:
-        prompts.sort(key=lambda request: (request.place, request.number))
-        wants = [(self._rows_to_stop(request), request.turn) for request in prompts]
+        by_sequence = self.rules.by_sequence
+        shared = int(by_sequence and plan.n_other_rows > 0)
+        wants = [(self._rows_to_stop(request), policy.whole_turn(request.turn, shared)) for request in prompts]
         shares = policy.share(budget, wants)
         if short_of_memory:
             for request, given in zip(prompts, shares, strict=True):
                 if not given:
                     self._wait_for_memory(request)
+        room = self.limits.n_batch if self.cells.free is None else min(self.limits.n_batch, self.cells.free)
+        slack = policy.slack(self.limits, room - plan.n_other_rows - budget, by_sequence)
         n_complete, n_behind, rows_behind = 0, len(prompts), sum(shares)
-        by_sequence = self.rules.by_sequence
-        shared = int(by_sequence and plan.n_other_rows > 0)
         for request, (want, _), given in zip(prompts, wants, shares, strict=True):
             if policy.ends_here(self.limits, self.pace, n_complete, n_behind, rows_behind):
                 break
             rows_behind -= given
-            count = policy.whole_tiles(given, want, budget, by_sequence and plan.n_prompt_rows > 0, shared)
+            count = policy.whole_tiles(given, want, by_sequence and plan.n_prompt_rows > 0, shared, slack)
             if not count:
                 continue
+            slack -= max(count - given, 0)
             last = count == request.rows_left
             plan.rows.append(Rows(request, _slot_of(request), request.held, count, last, self._room(request)))
             plan.n_prompt_rows += count
+            plan.n_before += count * (request.held + count / 2)
             complete = request.rows_left - count <= 1  # the very last row, behind a checkpoint, is no matter of time
             n_complete += complete and request.held > request.cached_tokens  # those that had to wait for a step before
             n_behind -= complete
@@ -422,7 +425,7 @@ class Scheduler:
             if outcome.aborted:
                 self.pace.observe_stop(_loss(flight, outcome))
             elif plan.rows and outcome.rows_done == plan.n_prompt_rows + plan.n_other_rows:
-                self.pace.observe(plan.n_prompt_rows, plan.n_other_rows, outcome.seconds)
+                self.pace.observe(plan.n_prompt_rows, plan.n_other_rows, outcome.seconds, plan.depth)
         self._end_those(plan, outcome, now)
 
     def _end_those(self, plan: Plan, outcome: Outcome, now: float) -> None:
@@ -543,7 +546,8 @@ class Scheduler:
         elif outcome.aborted:
             self.texts_pace.observe_stop(_loss(flight, outcome))
         elif len(outcome.embedded) == len(plan.texts):
-            self.texts_pace.observe(sum(request.n_prompt for request in plan.texts), 0, outcome.seconds)
+            n = [request.n_prompt for request in plan.texts]
+            self.texts_pace.observe(sum(n), 0, outcome.seconds, sum(each * each for each in n) / 2 / sum(n))
         for request in outcome.embedded:
             request.held = request.n_prompt
             self._finish(request, "stop", now)
