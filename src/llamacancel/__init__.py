@@ -11,6 +11,7 @@ from .cancel import CancelToken, Cause
 from .cancel import publish as _publish
 from .chat import ChatDelta, ChatMessage, ChatPrompt
 from .engine import (
+    Conversation,
     Embedding,
     Engine,
     EngineSnapshot,
@@ -57,6 +58,7 @@ __all__ = [
     "Context",
     "ContextBusyError",
     "ContextError",
+    "Conversation",
     "DeadlineExceeded",
     "DecodeCancelled",
     "DecodeFailedError",

@@ -14,15 +14,16 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import engine as _engine
 from .cancel import CancelToken, Cause
+from .chat import ChatDelta, ChatMessage
 from .engine import (
     EngineSnapshot,
     FinishReason,
@@ -38,10 +39,13 @@ from .engine import (
 from .engine import Generation as _Generation
 from .llama import Model, Sampler
 
-__all__ = ["Engine", "Generation"]
+__all__ = ["Conversation", "Engine", "Generation"]
+
+T = TypeVar("T")
 
 _Handle = Handle[Any]
 _REASON = "the asyncio task was cancelled"
+_LONG_ANSWER = 1000  # pieces from which on a part of an answer may take a millisecond to read
 
 
 class _Bell:
@@ -266,6 +270,104 @@ class Generation:
         return f"<aio.{repr(self._generation)[1:]}"
 
 
+class Conversation:
+    """An answer that is being written. Made by `Engine.chat`; `async for` gives its deltas."""
+
+    def __init__(self, conversation: _engine.Conversation) -> None:
+        self._conversation = conversation
+        self._generation = Generation(conversation.generation)
+        self._deltas: deque[ChatDelta] = deque()
+        self._ended = False
+
+    def __aiter__(self) -> AsyncIterator[ChatDelta]:
+        return self
+
+    async def __anext__(self) -> ChatDelta:
+        """The next delta. Raises as `lc.Conversation` does."""
+        while not self._deltas:
+            if self._ended:
+                raise StopAsyncIteration
+            try:
+                piece = await self._generation.__anext__()
+            except StopAsyncIteration:
+                self._ended = True
+                self._deltas += await self._read(self._conversation.end)
+            else:
+                self._deltas += await self._read(functools.partial(self._conversation.take, piece))
+        return self._deltas.popleft()
+
+    async def _read(self, read: Callable[[], list[ChatDelta]]) -> list[ChatDelta]:
+        """Reads on: beside the event loop where that may take some milliseconds."""
+        generation = self._generation.generation
+        if len(generation._work.pieces) < _LONG_ANSWER:
+            return read()
+        try:
+            return await _beside(generation._token, read)
+        except asyncio.CancelledError:
+            await self._generation.aclose()
+            raise
+
+    async def result(self) -> ChatMessage:
+        """Wait for the end, and give the message. Raises as `lc.Conversation.result` does."""
+        async for _ in self:
+            pass
+        return self.message
+
+    def cancel(self, reason: str = "") -> bool:
+        """Stop it. True for the first cancel of an unfinished one."""
+        return self._conversation.cancel(reason)
+
+    async def aclose(self) -> None:
+        """Cancel it if it is not finished, and wait until its slot is free."""
+        await self._generation.aclose()
+
+    async def __aenter__(self) -> Conversation:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def generation(self) -> Generation:
+        """The text below it."""
+        return self._generation
+
+    @property
+    def message(self) -> ChatMessage:
+        """The message as far as it was read."""
+        return self._conversation.message
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        return self._conversation.id
+
+    @property
+    def finish_reason(self) -> str | None:
+        """As for `lc.Conversation`."""
+        return self._conversation.finish_reason
+
+    def __repr__(self) -> str:
+        return f"<aio.{repr(self._conversation)[1:]}"
+
+
+async def _beside(token: CancelToken, fn: Callable[..., T], /, *args: Any, **named: Any) -> T:
+    """What a function gives that runs in a thread, under a token that a cancelled task cancels."""
+    done = asyncio.get_running_loop().run_in_executor(None, functools.partial(fn, *args, **named))
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        token.cancel(_REASON)
+        with _anyio_shield():
+            while not done.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([done])
+        done.exception()  # is known
+        raise
+
+
 class Engine:
     """An `lc.Engine` for asyncio.
 
@@ -299,6 +401,7 @@ class Engine:
         priority: int = 0,
         stop: str | Iterable[str] = (),
         stop_tokens: Iterable[int] = (),
+        shown_tokens: Iterable[int] = (),
         logprobs: int | None = None,
         request_id: str | None = None,
     ) -> Generation:
@@ -316,6 +419,7 @@ class Engine:
                 priority=priority,
                 stop=stop,
                 stop_tokens=stop_tokens,
+                shown_tokens=shown_tokens,
                 logprobs=logprobs,
                 request_id=request_id,
             )
@@ -338,19 +442,19 @@ class Engine:
         """
         self._engine._check_open()
         own = _engine.token_of(token, timeout)
-        done = asyncio.get_running_loop().run_in_executor(
-            None, functools.partial(self._engine.model.tokenize, text, token=own)
-        )
-        try:
-            return await asyncio.shield(done)
-        except asyncio.CancelledError:
-            own.cancel(_REASON)
-            with _anyio_shield():
-                while not done.done():
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.wait([done])
-            done.exception()  # is known
-            raise
+        return await _beside(own, self._engine.model.tokenize, text, token=own)
+
+    async def chat(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        *arguments: Any,
+        timeout: float | None = None,
+        token: CancelToken | None = None,
+        **named: Any,
+    ) -> Conversation:
+        """Queue a conversation to be answered. As `lc.Engine.chat`; it is rendered in a thread."""
+        own = _engine.token_of(token, timeout)
+        return Conversation(await _beside(own, self._engine.chat, messages, *arguments, token=own, **named))
 
     async def embed(
         self,

@@ -25,11 +25,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llama": {"_native", "cancel", "chat", "constraint", *GROUND},  # a model's chat, where it is asked for
     "chat": {"_native", *LLAMA_AND_BELOW},
     "engine": {"chat", *LLAMA_AND_BELOW},
-    "aio": {"engine", *LLAMA_AND_BELOW},
+    "aio": {"chat", "engine", *LLAMA_AND_BELOW},
     "__init__": {"aio", "chat", "engine", *LLAMA_AND_BELOW},
-    "server": {"__init__", "aio", "engine", *LLAMA_AND_BELOW},
+    "server": {"__init__", "aio", "chat", "engine", *LLAMA_AND_BELOW},
     "conformance": set(),  # knows a server by its address alone
-    "commands": {"__init__", "conformance", "server", "aio", "engine", *LLAMA_AND_BELOW},
+    "commands": {"__init__", "conformance", "server", "aio", "chat", "engine", *LLAMA_AND_BELOW},
     "__main__": {"commands"},
 }
 # The floors within a room.
@@ -62,6 +62,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "handle": {"scheduler", "usage", "views", "work"},
         "masks": set(),
         "generation": {"scheduler", "text", "usage", "work", "handle", "masks"},
+        "conversation": {"generation"},
         "embedder": {"scheduler", "desk", "generation", "work"},
         "runner": {"scheduler", "work", "generation", "masks"},
         "thread": {"scheduler", "views", "work", "desk", "runner", "embedder"},
@@ -73,6 +74,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
             "desk",
             "handle",
             "generation",
+            "conversation",
             "embedder",
             "runner",
             "thread",

@@ -7,8 +7,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..constraint import Source
 from ..errors import ChatError
+from .grammar import constraint_of
 from .history import as_json, messages_of, systems_first, tools_of
+from .message import ChatMessage
 from .reader import ChatReader
 from .template import Reader, Template, control_texts
 
@@ -89,7 +92,7 @@ class Chat:
             tool_choice: "auto"; "none", which is as if there were no tools; "required"; the name of a tool, or OpenAI's
                 object for it or for allowed tools.
             parallel_tool_calls: Whether an answer may have several calls.
-            json_schema: What the content has to follow.
+            json_schema: What the content has to follow. With tools, a call is an answer, too.
             reasoning: "auto": what is thought is told apart, where the template knows of it. "off": the template is
                 asked for an answer without. "none": it stays in the content, with its tags.
             continue_final_message: The last message is an assistant's, and the answer goes on with it.
@@ -97,7 +100,9 @@ class Chat:
             token: Cancels it.
 
         Raises:
-            ChatError: If the template refuses the messages, never ends, or an argument is none that it can be.
+            ChatError: If the template refuses the messages, never ends, or an argument is none that it can be; or if a
+                call is demanded in a format that no constraint is known for (DeepSeek V3.2, Gemma 4, LFM2, Kimi K3).
+            TypeError, ValueError: If a schema is out of bounds.
             DecodeCancelled: If `token` was cancelled.
         """
         if reasoning not in ("auto", "off", "none"):
@@ -129,7 +134,18 @@ class Chat:
             if again is None:
                 raise
             rendering = render(as_json("messages", again))
-        return ChatPrompt(self._model, rendering, guarded, short_ids=self._short_ids, token=token)
+        prompt = ChatPrompt(self._model, rendering, guarded, short_ids=self._short_ids, token=token)
+        prompt.constraint = constraint_of(
+            lambda text: _whole(prompt.reader(), text, token),
+            rendering,
+            [tool for tool in offered if allowed is None or tool["function"]["name"] in allowed],
+            control_texts(self._model) if self._model is not None else None,
+            demanded=choice == "required",
+            several=bool(parallel_tool_calls),
+            json_schema=json_schema,
+            may_think=reasoning != "off",
+        )
+        return prompt
 
     @functools.cached_property
     def _short_ids(self) -> bool:
@@ -166,6 +182,8 @@ class ChatPrompt:
         text: The prompt, with its markers.
         stops: Texts that end the answer, beside the model's own tokens.
         thinks: Whether the template knows of thinking.
+        constraint: What the answer has to follow, for `Sampler(lark=)`, where a call was demanded or a schema given;
+            else None. It may think before, where the template knows of thinking.
     """
 
     def __init__(
@@ -182,6 +200,7 @@ class ChatPrompt:
         self.text: str = guarded.show(rendering["text"])
         self.stops: tuple[str, ...] = rendering["stops"]
         self.thinks: bool = rendering["thinks"]
+        self.constraint: Source | None = None
         self._tokens: list[int] | None = None
         self._shown: frozenset[int] = frozenset()
         if model is not None:
@@ -242,6 +261,12 @@ class _Guarded:
                 yield self._hidden[int(piece)], False
             elif piece:
                 yield piece, True
+
+
+def _whole(reader: ChatReader, text: str, token: CancelToken | None) -> ChatMessage:
+    reader.feed(text, token)
+    reader.end(token)
+    return reader.message
 
 
 def _checked(template: object) -> str:

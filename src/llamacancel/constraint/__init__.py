@@ -5,6 +5,7 @@ its own (`matcher.LIMITS`): it cannot be interrupted, so that each of its steps 
 """
 
 from .matcher import Matcher, Vocabulary
-from .source import Source, calls_of, source_of
+from .schema import checked_schema
+from .source import JSON_OPTIONS, Source, calls_of, source_of
 
-__all__ = ["Matcher", "Source", "Vocabulary", "calls_of", "source_of"]
+__all__ = ["JSON_OPTIONS", "Matcher", "Source", "Vocabulary", "calls_of", "checked_schema", "source_of"]

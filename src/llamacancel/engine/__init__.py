@@ -2,9 +2,10 @@
 
 `engine.py` takes requests in on the caller's thread. `thread.py` is the engine's own, which lets the scheduler (pure
 Python, in a room of its own) plan each step and the runner compute it. `work.py` is the engine's half of a request,
-`handle.py` and `generation.py` the user's; `desk.py` is all that the threads share.
+`handle.py`, `generation.py` and `conversation.py` the user's; `desk.py` is all that the threads share.
 """
 
+from .conversation import Conversation
 from .engine import LONG_TEXT, Engine, token_of
 from .generation import Embedding, Generation, GenerationResult, Piece, TokenInfo
 from .handle import Handle
@@ -15,6 +16,7 @@ from .work import Registration
 
 __all__ = [
     "LONG_TEXT",
+    "Conversation",
     "Embedding",
     "Engine",
     "EngineSnapshot",

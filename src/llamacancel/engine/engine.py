@@ -6,18 +6,20 @@ import functools
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ..cancel import CancelToken
+from ..chat import Chat
 from ..errors import DecodeCancelled, InvalidBatchError
 from ..llama import POOLING, Model, Sampler, integer, number
+from .conversation import Conversation
 from .desk import Desk
 from .embedder import Embedder
 from .generation import Embedding, EmbeddingWork, Generation, GenerationWork, Vocabulary
@@ -199,6 +201,7 @@ class Engine:
         priority: int = 0,
         stop: str | Iterable[str] = (),
         stop_tokens: Iterable[int] = (),
+        shown_tokens: Iterable[int] = (),
         logprobs: int | None = None,
         request_id: str | None = None,
     ) -> Generation:
@@ -216,6 +219,7 @@ class Engine:
             priority: Higher goes first.
             stop: A string, or several, before which the text ends.
             stop_tokens: Tokens that end the text.
+            shown_tokens: Control tokens whose names are part of the text, as `ChatPrompt.shown_tokens` has them.
             logprobs: Have each token told with its logarithmic probability and so many alternatives (0 to 20).
             request_id: A name for `cancel()`; None for a fresh one.
 
@@ -253,8 +257,66 @@ class Engine:
             stop=_stops_of(stop),
             stop_tokens=frozenset(integer("a stop token", each, 0, _INT32) for each in stop_tokens),
             logprobs=logprobs,
+            shown_tokens=frozenset(integer("a shown token", each, 0, _INT32) for each in shown_tokens),
         )
         return self._accept(Generation(work))
+
+    def chat(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        tools: Iterable[Mapping[str, Any]] = (),
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        json_schema: Any = None,
+        reasoning: Literal["auto", "off", "none"] = "auto",
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        chat: Chat | None = None,
+        sampler: Sampler | None = None,
+        timeout: float | None = None,
+        token: CancelToken | None = None,
+        stop: str | Iterable[str] = (),
+        **submit: Any,
+    ) -> Conversation:
+        """Queue a conversation to be answered.
+
+        Args:
+            messages, tools, tool_choice, parallel_tool_calls, json_schema, reasoning, continue_final_message,
+                template_kwargs: As for `Chat.render`.
+            chat: Renders it; None: the model's own.
+            sampler, timeout, token, stop: As for `submit`. The time counts from now, and the token cancels the
+                rendering, too.
+            submit: Further arguments of `submit`.
+
+        Raises:
+            ChatError: If the model's template refuses the conversation.
+            QueueFullError, ClosedError, DecodeCancelled, InvalidBatchError, TypeError, ValueError: As `submit`.
+        """
+        self._check_open()
+        own = token_of(token, timeout)
+        prompt = (chat or self._model.chat).render(
+            messages,
+            tools,
+            tool_choice,
+            parallel_tool_calls,
+            json_schema,
+            reasoning,
+            continue_final_message,
+            template_kwargs,
+            token=own,
+        )
+        if prompt.constraint is not None:
+            sampler = (Sampler() if sampler is None else sampler).constrained(prompt.constraint)
+        generation = self.submit(
+            prompt.tokens,
+            sampler=sampler,
+            token=own,
+            stop=(*_stops_of(stop), *prompt.stops),
+            shown_tokens=prompt.shown_tokens,
+            **submit,
+        )
+        return Conversation(generation, prompt.reader())
 
     def embed(
         self,

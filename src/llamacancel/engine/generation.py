@@ -113,6 +113,7 @@ class GenerationWork(Work):
         stop: tuple[str, ...] = (),
         stop_tokens: frozenset[int] = frozenset(),
         logprobs: int | None = None,
+        shown_tokens: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__(request, token)
         self.vocabulary: Vocabulary | None = vocabulary
@@ -121,6 +122,7 @@ class GenerationWork(Work):
         self.pieces: list[Piece] = []
         self.unread: deque[Piece] = deque()
         self._stop_tokens = stop_tokens
+        self._shown_tokens = shown_tokens
         self.logprobs = logprobs
         self.mask: Mask | None = None  # what is being computed of what its constraint allows next
 
@@ -135,6 +137,8 @@ class GenerationWork(Work):
         text, name, is_end = vocabulary[token]
         if is_end or token in self._stop_tokens:
             return True
+        if token in self._shown_tokens:
+            text = name
         likeliest = tuple((each, vocabulary[each][1], value) for each, value in top)
         self._give(*self.assembler.feed(text, TokenInfo(token, name, logprob, likeliest)))
         return self.assembler.stopped is not None

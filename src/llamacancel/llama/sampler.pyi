@@ -2,6 +2,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
 from ..cancel.token import CancelToken
+from ..constraint import Source
 from .context import Context
 from .model import Model
 
@@ -36,7 +37,7 @@ class Sampler:
         logit_bias: Mapping[int, float] | None = None,
         json_schema: str | bytes | bytearray | Mapping[str, object] | bool | None = None,
         regex: str | None = None,
-        lark: str | None = None,
+        lark: str | Source | None = None,
         grammar: str | None = None,
         grammar_root: str = "root",
         model: Model | None = None,
@@ -51,6 +52,7 @@ class Sampler:
     def _make_mask(self) -> None: ...
     def _take_forced(self, least: int, most: int) -> list[int]: ...
     def clone(self, *, seed: int | None = None) -> Sampler: ...
+    def constrained(self, lark: str | Source) -> Sampler: ...
 
 Chosen: TypeAlias = tuple[int, float | None, tuple[tuple[int, float], ...]]
 

@@ -449,6 +449,19 @@ cdef class Sampler:
             self.busy = False
         return other
 
+    def constrained(self, lark):
+        """A sampler with the same options, at its beginning, whose output follows a constraint (`ChatPrompt.constraint`).
+
+        Raises:
+            ValueError: If this one has a constraint or a grammar of its own.
+        """
+        if self.options["constraint"] is not None or self.options["grammar"] is not None:
+            raise ValueError("the sampler has a constraint of its own, and the output can follow one")
+        cdef Sampler other = Sampler.__new__(Sampler)
+        other.options = {**self.options, "constraint": source_of(lark=lark)}
+        other.biases = self.biases
+        return other
+
     cdef llama_sampler * _reseeded(self, uint32_t seed) except NULL:
         """A copy of the chain in which what draws random numbers is made anew."""
         o = self.options
