@@ -1,6 +1,15 @@
 """Tokens that say stop, and what a call tells that was stopped. Knows neither models nor llama.cpp."""
 
 from .outcome import cancelled_error, for_a_reader, is_lost
-from .token import CallbackHandle, CancelToken, Cause, publish
+from .token import CallbackHandle, CancelToken, Cause, call_as_callback, publish
 
-__all__ = ["CallbackHandle", "CancelToken", "Cause", "cancelled_error", "for_a_reader", "is_lost", "publish"]
+__all__ = [
+    "CallbackHandle",
+    "CancelToken",
+    "Cause",
+    "call_as_callback",
+    "cancelled_error",
+    "for_a_reader",
+    "is_lost",
+    "publish",
+]

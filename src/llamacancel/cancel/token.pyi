@@ -2,7 +2,7 @@ import enum
 from collections.abc import Callable
 from typing import NoReturn, final
 
-__all__ = ["CallbackHandle", "CancelToken", "Cause", "publish"]
+__all__ = ["CallbackHandle", "CancelToken", "Cause", "call_as_callback", "publish"]
 
 class Cause(enum.Enum):
     CLIENT = "client"
@@ -40,4 +40,5 @@ class CallbackHandle:
     def done(self) -> bool: ...
     def __reduce__(self) -> NoReturn: ...
 
+def call_as_callback(fn: Callable[[], object]) -> None: ...
 def publish(cls: type, module: str) -> None: ...

@@ -20,7 +20,7 @@ from .._native.cancel.token cimport NativeCause, TokenCore
 from ..errors import DeadlineExceeded, DecodeCancelled
 from .deadlines import Alarms
 
-__all__ = ["CallbackHandle", "CancelToken", "Cause", "publish"]
+__all__ = ["CallbackHandle", "CancelToken", "Cause", "call_as_callback", "publish"]
 
 # A thread that waits looks for Ctrl-C this often.
 cdef int64_t SIGNAL_INTERVAL_NS = 50_000_000
@@ -152,6 +152,11 @@ cdef void call_and_report(object fn) noexcept:
         PyErr_WriteUnraisable(fn)
     else:
         Py_DECREF(<object> result)
+
+
+def call_as_callback(fn):
+    """Calls somebody else's function; what it raises goes where it goes with a callback of a token."""
+    call_and_report(fn)
 
 
 def ring_deadline(CancelToken token not None):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..cancel import CallbackHandle, CancelToken, Cause
+from ..cancel import CallbackHandle, CancelToken, Cause, call_as_callback
 from .scheduler import FinishReason, Request
 from .views import RequestView
 
@@ -27,13 +27,9 @@ def ending_of(token: CancelToken) -> Any:
     return ENDINGS.get(token.cause, "cancelled")
 
 
-_called_at_once = CancelToken()
-_called_at_once.cancel()
-
-
 def call(fn: Callable[..., object], *args: object) -> None:
     """Calls somebody else's function; what it raises goes where it goes with a callback of a token."""
-    _called_at_once.add_callback(functools.partial(fn, *args))
+    call_as_callback(functools.partial(fn, *args))
 
 
 class Registration:

@@ -21,15 +21,8 @@ def load_compiled(name: str) -> ModuleType:
     return module
 
 
-for _name in (
-    "call",
-    "model",
-    "result",
-    "context",
-    "memory",
-    "state",
-    "sampler",
-):  # those that others build on come first
+# Those that others build on come first.
+for _name in ("call", "model", "result", "context", "memory", "state", "sampler"):
     globals()[_name] = load_compiled(f"{__name__}.{_name}")
 
 from ._llama import build_info, is_parked, serve_rpc
