@@ -17,6 +17,7 @@ import numpy as np
 import uvicorn
 
 import llamacancel as lc
+from llamacancel.chat import prompt as chat_prompt
 from llamacancel.engine.views import EngineSnapshot, RequestView
 from llamacancel.server import create_app
 from llamacancel.server.protocol import ListeningProtocol
@@ -189,10 +190,13 @@ class Served:
         """Within, a text that is turned into tokens takes until it is cancelled."""
         reading = Reading(self.engine.model)
         self.service.model = reading
+        tokens_of = chat_prompt._tokens_of
+        chat_prompt._tokens_of = lambda _, pieces, token: tokens_of(reading, pieces, token)
         try:
             yield reading
         finally:
             self.service.model = self.engine.model
+            chat_prompt._tokens_of = tokens_of
             reading.end()
 
     def group(self, request_id: str) -> Any:
@@ -277,6 +281,25 @@ def in_state(request_id: str, state: str, done: int = 0, written: int = 0) -> Ca
         view.id == request_id and view.state == state and view.prompt_done >= done and view.completion_tokens >= written
         for view in now.active
     )
+
+
+def _template(thinking: str) -> str:
+    """A template as Qwen's, which shows tools and calls, and what was thought."""
+    return (
+        "{% if tools %}<|im_start|>system\n# Tools\n<tools>"
+        "{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools><|im_end|>\n{% endif %}"
+        f"{{% for message in messages %}}<|im_start|>{{{{ message.role }}}}\n{thinking}"
+        "{{ message.content or '' }}{% for call in message.tool_calls or [] %}\n<tool_call>\n"
+        '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+        "\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+TOOLED = _template("")
+THINKING = _template(
+    "{% if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n\n{% endif %}"
+)
 
 
 @contextlib.contextmanager

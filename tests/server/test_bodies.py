@@ -146,7 +146,7 @@ def test_a_long_body_is_parsed_beside_the_event_loop(llama: Served, monkeypatch:
 def test_any_long_text_of_a_chat_is_rendered_beside_the_event_loop(
     llama: Served, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    template = llama.service.template
+    template = llama.service.chat
     held = _Held(template.render)
     monkeypatch.setattr(template, "render", held)
     answer = meanwhile(llama, held, CHAT, json.dumps({"messages": [HELLO], "max_tokens": 1, **fields}))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from llamacancel.server.openai.tools import ToolCall, ToolCallReader
-
-from .served import Served, events_of, greedy
+from .served import THINKING, TOOLED, Served, events_of, greedy, serving
 
 PATH = "/v1/chat/completions"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
@@ -26,6 +25,18 @@ WEATHER = {
         },
     },
 }
+
+
+@pytest.fixture(scope="module")
+def tooled(model_of: Any) -> Iterator[Served]:
+    with serving(model_of("llama"), app={"chat_template": TOOLED}) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def thinking(model_of: Any) -> Iterator[Served]:
+    with serving(model_of("llama"), app={"chat_template": THINKING}) as served:
+        yield served
 
 
 def chat(max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
@@ -116,15 +127,15 @@ def test_several_answers_come_in_one_body_and_in_one_stream(served: Served) -> N
 
 
 def test_a_template_that_refuses_is_told_in_its_words(model_of: Any) -> None:
-    from .served import serving
-
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}{{ messages }}"
+    template = (
+        "{{ messages }}{% if 'Who' in messages[-1].content %}{{ raise_exception('no questions here') }}{% endif %}"
+    )
     with serving(model_of("llama"), app={"chat_template": template}) as served:
         refused = served.post(PATH, chat())
         assert refused.status_code == 400
-        assert "no system here" in refused.json()["error"]["message"]
+        assert "no questions here" in refused.json()["error"]["message"]
         assert refused.json()["error"]["code"] == "chat_template_error"
-        assert served.post(PATH, chat(messages=MESSAGES[1:])).status_code == 200
+        assert served.post(PATH, chat(messages=MESSAGES[:1])).status_code == 200
 
 
 def test_a_developer_is_the_system_for_templates_that_know_no_other(llama: Served) -> None:
@@ -132,42 +143,29 @@ def test_a_developer_is_the_system_for_templates_that_know_no_other(llama: Serve
     assert llama.post(PATH, chat(messages=as_developer)).json()["choices"] == llama.post(PATH, chat()).json()["choices"]
 
 
-def echo_server(model_of: Any, template: str) -> Any:
-    from .served import serving
-
-    return serving(model_of("llama"), app={"chat_template": template})
-
-
-def test_tools_and_calls_reach_the_template(model_of: Any) -> None:
+def test_tools_calls_and_thinking_reach_the_template(thinking: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    template = "{{ tools | tojson }}{% for message in messages %}{{ message | tojson }}{% endfor %}{{ thinking }}"
-    with echo_server(model_of, template) as served:
-        render = served.service.template.render
+    render = thinking.service.chat.render
 
-        def spy(*args: Any, **kwargs: Any) -> str:
-            seen.append(render(*args, **kwargs))
-            return str(seen[-1])
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(render(*args, **kwargs))
+        return seen[-1]
 
-        served.service.template.render = spy
-        messages = [
-            MESSAGES[1],
-            {
-                "role": "assistant",
-                "tool_calls": [
-                    {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"place": "Oslo"}'}}
-                ],
-            },
-            {"role": "tool", "tool_call_id": "a", "content": "<rain & wind>"},
-        ]
-        body = chat(messages=messages, tools=[WEATHER], chat_template_kwargs={"thinking": "hard"})
-        assert served.post(PATH, body).status_code == 200
-        assert served.post(PATH, {**body, "tool_choice": "none"}).status_code == 200
-    assert seen[0].startswith(json.dumps([WEATHER]))
-    assert '"arguments": {"place": "Oslo"}' in seen[0]
-    assert '"content": ""' in seen[0]
-    assert "<rain & wind>" in seen[0]
-    assert seen[0].endswith("hard")
-    assert seen[1].startswith("null")
+    monkeypatch.setattr(thinking.service.chat, "render", spy)
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"place": "Oslo"}'}}
+    messages = [
+        MESSAGES[1],
+        {"role": "assistant", "content": None, "reasoning_content": "Where?", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "<rain & wind>"},
+    ]
+    body = chat(messages=messages, tools=[WEATHER])
+    assert thinking.post(PATH, body).status_code == 200
+    assert thinking.post(PATH, {**body, "tool_choice": "none"}).status_code == 200
+    assert json.dumps(WEATHER) in seen[0].text
+    assert '"arguments": {"place": "Oslo"}' in seen[0].text
+    assert "<think>\nWhere?" in seen[0].text
+    assert "<rain & wind>" in seen[0].text
+    assert "# Tools" not in seen[1].text
 
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call>'
@@ -178,9 +176,9 @@ def forced(text: str) -> str:
     return f"root ::= {json.dumps(text)}"
 
 
-def test_a_call_in_the_answer_is_told_as_one(served: Served) -> None:
+def test_a_call_in_the_answer_is_told_as_one(tooled: Served) -> None:
     body = chat(200, tools=[WEATHER], grammar=forced(f"I look.\n{CALL}\n{CALL}"))
-    choice = served.post(PATH, body).json()["choices"][0]
+    choice = tooled.post(PATH, body).json()["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] == "I look."
     calls = choice["message"]["tool_calls"]
@@ -189,30 +187,47 @@ def test_a_call_in_the_answer_is_told_as_one(served: Served) -> None:
     assert len({call["id"] for call in calls}) == 2
 
 
-def test_a_call_in_a_stream_comes_in_one_piece(served: Served) -> None:
+def test_a_call_in_a_stream_comes_with_its_name_first(tooled: Served) -> None:
     body = chat(200, tools=[WEATHER], grammar=forced(f"I look.\n{CALL}"), stream=True)
-    events = events_of(served.post(PATH, body).text)
+    events = events_of(tooled.post(PATH, body).text)
     deltas = [event["choices"][0]["delta"] for event in events]
     assert "".join(delta.get("content") or "" for delta in deltas) == "I look.\n"
-    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
-    assert len(calls) == 1
-    assert (calls[0]["index"], calls[0]["type"], calls[0]["function"]["name"]) == (0, "function", "weather")
-    assert json.loads(calls[0]["function"]["arguments"]) == {"place": "Oslo"}
+    first, *rest = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert (first["index"], first["type"], first["function"]["name"]) == (0, "function", "weather")
+    assert first["id"]
+    assert not any("id" in call or "name" in call["function"] for call in rest)
+    arguments = "".join(call["function"]["arguments"] for call in [first, *rest])
+    assert json.loads(arguments) == {"place": "Oslo"}
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_without_tools_the_same_answer_is_text(llama: Served) -> None:
+def test_thinking_is_told_apart(thinking: Served) -> None:
+    body = chat(200, grammar=forced("<think>\nHm.\n</think>\n\nIt is so."))
+    message = thinking.post(PATH, body).json()["choices"][0]["message"]
+    assert (message["reasoning_content"].strip(), message["content"].strip()) == ("Hm.", "It is so.")
+    deltas = [event["choices"][0]["delta"] for event in events_of(thinking.post(PATH, {**body, "stream": True}).text)]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == message["reasoning_content"]
+    assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
+
+
+def test_a_call_cannot_be_demanded_of_a_template_that_shows_no_tools(served: Served) -> None:
+    refused = served.post(PATH, chat(tools=[WEATHER], tool_choice="required"))
+    assert refused.status_code == 400
+    assert "cannot be demanded" in refused.json()["error"]["message"]
+
+
+def test_without_tools_the_same_answer_is_text(tooled: Served) -> None:
     for extra in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
-        choice = llama.post(PATH, chat(200, grammar=forced(CALL), **extra)).json()["choices"][0]
+        choice = tooled.post(PATH, chat(200, grammar=forced(CALL), **extra)).json()["choices"][0]
         assert choice["message"]["content"] == CALL
         assert choice["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_a_call_that_is_demanded_is_made(served: Served, choice: Any) -> None:
+def test_a_call_that_is_demanded_is_made(tooled: Served, choice: Any) -> None:
     other = {"type": "function", "function": {"name": "other", "parameters": {"const": {}}}}
     body = chat(400, tools=[WEATHER, other], tool_choice=choice)
-    message = served.post(PATH, body).json()["choices"][0]
+    message = tooled.post(PATH, body).json()["choices"][0]
     assert message["finish_reason"] == "tool_calls"
     call = message["message"]["tool_calls"][0]["function"]
     assert call["name"] in (["weather"] if isinstance(choice, dict) else ["weather", "other"])
@@ -257,39 +272,3 @@ def test_text_is_a_format_like_none(llama: Served) -> None:
         llama.post(PATH, chat(response_format={"type": "text"})).json()["choices"]
         == llama.post(PATH, chat()).json()["choices"]
     )
-
-
-def parts_of(text: str, size: int) -> list[str | ToolCall]:
-    reader = ToolCallReader(["weather"])
-    parts: list[str | ToolCall] = []
-    for at in range(0, len(text), size):
-        parts += reader.feed(text[at : at + size])
-    return [*parts, *reader.end()]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 11, 1000])
-@pytest.mark.parametrize(
-    ("text", "content", "calls"),
-    [
-        (f"a{CALL}b", "ab", 1),
-        (f"{CALL}\n\n{CALL}\n", "", 2),
-        ("<tool_call> is no call", "<tool_call> is no call", 0),
-        ("a < b <tool_ca", "a < b <tool_ca", 0),
-        ('<tool_call>{"name": "unknown", "arguments": {}}</tool_call>', None, 0),
-        ("<tool_call>no JSON</tool_call> and more", None, 0),
-        ('<tool_call>{"name": "weather"', None, 0),
-        ('x<tool_call>{"name": "weather", "arguments": {}}', "x", 1),
-        ('<tool_call>{"name": "weather", "arguments": "{\\"a\\": 1}"}</tool_call>', "", 1),
-        ('<tool_call>["weather"]</tool_call>', None, 0),
-        ('<tool_call>{"name": ["weather"]}</tool_call>', None, 0),
-    ],
-)
-def test_calls_are_found_wherever_the_pieces_are_cut(text: str, size: int, content: str | None, calls: int) -> None:
-    parts = parts_of(text, size)
-    assert "".join(part for part in parts if isinstance(part, str)) == (text if content is None else content)
-    assert sum(isinstance(part, ToolCall) for part in parts) == calls
-
-
-def test_json_without_bottom_is_no_call() -> None:
-    text = "<tool_call>" + "[" * 100_000
-    assert parts_of(text, 100_000) == [text]

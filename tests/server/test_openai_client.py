@@ -11,7 +11,7 @@ import numpy as np
 import openai
 import pytest
 
-from .served import PATIENCE, Served, any_step, eventually, in_state, new_id
+from .served import PATIENCE, TOOLED, Served, any_step, eventually, in_state, new_id, serving
 
 
 @pytest.fixture
@@ -70,9 +70,17 @@ def test_models(client: openai.OpenAI, served: Served) -> None:
     assert client.models.retrieve("whatever").id == served.service.model_name
 
 
-def test_a_tool_call(client: openai.OpenAI) -> None:
+def test_a_tool_call(model_of: Any) -> None:
+    with (
+        serving(model_of("llama"), app={"chat_template": TOOLED}) as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", timeout=PATIENCE, max_retries=0) as client,
+    ):
+        _call_a_tool(client)
+
+
+def _call_a_tool(client: openai.OpenAI) -> None:
     tool: Any = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
-    call = '<tool_call>{"name": "look", "arguments": {"at": "it"}}</tool_call>'
+    call = '<tool_call>\n{"name": "look", "arguments": {"at": "it"}}\n</tool_call>'
     answer = client.chat.completions.create(
         model="any", messages=MESSAGES, tools=[tool], extra_body={"grammar": f"root ::= {json.dumps(call)}"}
     )

@@ -87,7 +87,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "disconnect": set(),
         "page": {"errors"},
         "bodies": {"errors"},
-        "service": {"disconnect", "errors", "ops", "openai"},  # metrics, and the template
+        "service": {"disconnect", "errors", "ops"},  # metrics
         "limits": {"errors", "page", "service"},
         "threads": {"service"},
         "ops": {"bodies", "disconnect", "errors", "service", "sse", "threads"},

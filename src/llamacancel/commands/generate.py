@@ -112,15 +112,8 @@ def _tokens(model: Model, prompt: str, args: argparse.Namespace) -> list[int]:
         if not tokens:
             raise ValueError("the prompt is empty")
         return tokens
-    try:
-        from ..server.openai.templates import ChatTemplate, chat_tokens
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("llamacancel"):
-            raise
-        raise ImportError(f"--chat needs {error.name}: pip install 'llamacancel[server]'") from error
     messages = [{"role": "system", "content": args.system}] if args.system else []
-    text = ChatTemplate.of_model(model).render([*messages, {"role": "user", "content": prompt}])
-    return chat_tokens(model, text)
+    return model.chat.render([*messages, {"role": "user", "content": prompt}]).tokens
 
 
 def _stream(generation: Generation, status: _Status) -> int:

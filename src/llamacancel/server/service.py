@@ -18,11 +18,12 @@ from pydantic import WithJsonSchema
 
 from .. import aio
 from ..cancel import CancelToken, Cause
+from ..chat import Chat
 from ..engine import Engine, RequestView
+from ..errors import ChatError
 from ..llama import Model
 from .disconnect import watched
 from .errors import NO_RETRY, ApiError, cancelled, time_over
-from .openai.templates import ChatTemplate, TemplateFailed
 from .ops.metrics import Metrics
 
 __all__ = ["Group", "Service", "TimeoutHeader", "Work"]
@@ -175,25 +176,25 @@ class Service:
         self._on_close: set[Callable[[], object]] = set()
         self._close_engine = close_engine
         self._close_task: asyncio.Task[None] | None = None
-        self._template_error: TemplateFailed | None = None
-        self._template: ChatTemplate | None = None
+        self._chat_error: ChatError | None = None
+        self._chat: Chat | None = None
         try:
-            self._template = ChatTemplate.of_model(self.model, chat_template)
-        except TemplateFailed as error:
+            self._chat = Chat(self.model, chat_template)
+        except ChatError as error:
             if chat_template is not None:
                 raise
-            self._template_error = error
+            self._chat_error = error
 
     @property
-    def template(self) -> ChatTemplate:
-        """The chat template.
+    def chat(self) -> Chat:
+        """What renders conversations.
 
         Raises:
-            ApiError: If the model's own cannot be parsed.
+            ApiError: If the model's own template cannot be parsed.
         """
-        if self._template is None:
-            raise ApiError(400, f"this model's chat cannot be used: {self._template_error}", code="chat_template_error")
-        return self._template
+        if self._chat is None:
+            raise ApiError(400, f"this model's chat cannot be used: {self._chat_error}", code="chat_template_error")
+        return self._chat
 
     def timeout(self, body: float | None, header: float | None) -> float | None:
         """The seconds that a request has: the least of what its body, its header and the server say."""

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from ... import aio
 from ...engine import LONG_TEXT, Piece
-from ...errors import ClosedError, DecodeCancelled, QueueFullError
+from ...errors import ChatError, ClosedError, DecodeCancelled, QueueFullError
 from ...llama import Sampler
 from ..errors import ApiError, cancelled, time_over
 from ..service import Group, Service
@@ -28,6 +28,8 @@ __all__ = ["Choice", "Form", "GenerationResponse", "Job", "failure", "refusals"]
 
 MANY_LOGPROBS = 2000
 """Log probabilities from which on an answer is written beside the event loop: it takes some milliseconds."""
+LONG_ANSWER = 16_384
+"""Characters from which on it is read there: so do the arguments of a call."""
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Job:
     samplers: Sequence[Sampler]
     max_tokens: int | None = None
     stop: Sequence[str] = ()
+    shown_tokens: Iterable[int] = ()
     logprobs: int | None = None
     priority: int = 0
 
@@ -162,6 +165,7 @@ class GenerationResponse(Response):
                 token=run.group.token,
                 priority=job.priority,
                 stop=job.stop,
+                shown_tokens=job.shown_tokens,
                 logprobs=job.logprobs,
                 request_id=f"{run.group.name}.{index}" if several else run.group.name,
             )
@@ -190,9 +194,13 @@ class GenerationResponse(Response):
             ]
             return json_of(self._form.answer(choices, usage), yielding=is_long).encode("utf-8", "replace")
 
+        n_chars = sum(len(generation.text) for generation in run.generations)
         told = 0 if run.job.logprobs is None else usage["completion_tokens"] * (1 + run.job.logprobs)
-        is_long = told >= MANY_LOGPROBS
-        data = await anyio.to_thread.run_sync(make) if is_long else make()
+        is_long = told >= MANY_LOGPROBS or n_chars >= LONG_ANSWER
+        try:
+            data = await anyio.to_thread.run_sync(make) if is_long else make()
+        except ChatError as failed:
+            raise failed_with(failed) from failed
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": data})
@@ -222,19 +230,32 @@ class GenerationResponse(Response):
     async def _pump(self, stream: EventStream, generation: aio.Generation, choice: Choice) -> None:
         """Send the pieces of one generation as they come, and how it ended."""
         error: Exception | None = None
+        n_chars = 0
         try:
             async for piece in generation:
-                events = list(choice.feed(piece))
+                pieces = [piece]
                 while (more := generation.poll()) is not None:
-                    events += choice.feed(more)
+                    pieces.append(more)
+                n_chars += sum(map(len, pieces))
+
+                def read(pieces: list[Piece] = pieces) -> list[bytes]:
+                    return [each for piece in pieces for each in choice.feed(piece)]
+
+                events = await anyio.to_thread.run_sync(read) if n_chars >= LONG_ANSWER else read()
                 if events:
                     await stream.write(b"".join(events))
         except DecodeCancelled:
             pass
         except Exception as failed:
             error = failed
-        reason = generation.finish_reason or "error"
-        events = list(choice.end(reason))
+            generation.cancel(f"the answer cannot be told: {failed}")
+        reason = "error" if error is not None else generation.finish_reason or "error"
+        events = []
+        try:
+            ends: Callable[[], list[bytes]] = lambda: list(choice.end(reason))  # noqa: E731
+            events = await anyio.to_thread.run_sync(ends) if n_chars >= LONG_ANSWER else ends()
+        except ChatError as failed:
+            error, reason = failed, "error"
         if reason == "error":
             events.append(event(failed_with(error).body))
         await stream.write(b"".join(events))

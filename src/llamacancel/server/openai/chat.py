@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
@@ -11,7 +10,9 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from ...cancel import CancelToken
-from ...engine import Piece, TokenInfo
+from ...chat import ChatDelta, ChatPrompt, ToolCallDelta
+from ...engine import LONG_TEXT, Piece, TokenInfo
+from ...errors import ChatError
 from ..bodies import body_of, described
 from ..errors import ERRORS, GENERATION_ERRORS, ApiError
 from ..service import Group, Service, TimeoutHeader
@@ -21,9 +22,7 @@ from . import answers
 from .answer import Choice, GenerationResponse, Job
 from .logprobs import chat_logprobs
 from .prompts import check_room, make_samplers
-from .schemas import ChatBody, JsonSchemaFormat, Message, NamedTool, TextPart
-from .templates import TemplateFailed, chat_tokens
-from .tools import ToolCall, ToolCallReader, tool_calls
+from .schemas import ChatBody, JsonSchemaFormat, NamedTool
 
 __all__ = ["router"]
 
@@ -50,17 +49,23 @@ async def create_chat_completion(
     timeout = service.timeout(body.timeout, x_request_timeout)
 
     async def prepare(group: Group) -> Job:
-        prompt = await _prompt(group, service, body)
+        form.prompt = prompt = await _prompt(group, service, body)
         count = body.n or 1
         most = body.max_completion_tokens or body.max_tokens
-        check_room(service.engine, [prompt], count)
+        check_room(service.engine, [prompt.tokens], count)
         return Job(
-            prompts=[prompt],
+            prompts=[prompt.tokens],
             samplers=await make_samplers(
-                group, service.model, body, count, lambda: _constraint(body), _constrained_by(body)
+                group,
+                service.model,
+                body,
+                count,
+                lambda: {"grammar": body.grammar} if prompt.constraint is None else {"lark": prompt.constraint},
+                _constrained_by(body),
             ),
             max_tokens=None if most == -1 else most,
-            stop=body.stops,
+            stop=(*body.stops, *prompt.stops),
+            shown_tokens=prompt.shown_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             priority=body.priority or 0,
         )
@@ -69,63 +74,41 @@ async def create_chat_completion(
         request.state.request_id,
         service.model_name,
         logprobs=bool(body.logprobs),
-        tools=[tool.function.name for tool in body.tools or ()] if body.tool_choice != "none" else [],
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )
     return GenerationResponse(service, request, prepare, form, timeout=timeout, stream=bool(body.stream))
 
 
-async def _prompt(group: Group, service: Service, body: ChatBody) -> list[int]:
-    """The messages as tokens."""
-    template = service.template
+async def _prompt(group: Group, service: Service, body: ChatBody) -> ChatPrompt:
+    """The messages as a prompt. Rendering takes some milliseconds, also that of a short conversation."""
+    chat, param = service.chat, _constrained_by(body)
 
-    def make(token: CancelToken) -> list[int]:
-        messages = [_template_message(message, template.knows_developer) for message in body.messages]
-        tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
-        text = template.render(messages, tools=tools or None, variables=body.chat_template_kwargs)
-        return chat_tokens(service.model, text, token)
+    def make(token: CancelToken) -> ChatPrompt:
+        return chat.render(
+            [message.model_dump(exclude_unset=True) for message in body.messages],
+            [tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
+            body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool) else body.tool_choice or "auto",
+            body.parallel_tool_calls is not False,
+            _schema_of(body),
+            template_kwargs=body.chat_template_kwargs,
+            token=token,
+        )
 
     try:
-        return await under_token(group, make)
-    except TemplateFailed as error:
+        return await under_token(group, make, size=LONG_TEXT)
+    except ChatError as error:
         raise ApiError(400, str(error), param="messages", code="chat_template_error") from error
-    except ValueError as error:
-        raise ApiError(400, str(error), param="messages") from error
+    except (ValueError, TypeError) as error:
+        raise ApiError(400, str(error), param=param or "messages") from error
 
 
-def _template_message(message: Message, knows_developer: bool) -> dict[str, Any]:
-    """A message as templates expect it: content as text, a call's arguments as an object."""
-    given = message.model_dump(exclude_unset=True)
-    content = message.content
-    if content is None or isinstance(content, str):
-        given["content"] = content or ""
-    else:
-        given["content"] = "\n".join(part.text for part in content if isinstance(part, TextPart))
-    if message.role == "developer" and not knows_developer:
-        given["role"] = "system"
-    for call in given.get("tool_calls") or ():
-        try:
-            arguments = json.loads(call["function"]["arguments"])
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(arguments, dict):
-            call["function"]["arguments"] = arguments
-    return given
-
-
-def _constraint(body: ChatBody) -> dict[str, Any]:
-    """What the answer has to follow, as arguments of its sampler. Raises ValueError, TypeError for what is none."""
-    wanted = body.response_format
-    if isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required":
-        tools = body.tools or []
-        if isinstance(body.tool_choice, NamedTool):
-            tools = [tool for tool in tools if tool.function.name == body.tool_choice.function.name]
-        return {"lark": tool_calls(tools, several=body.parallel_tool_calls is True)}
-    if isinstance(wanted, JsonSchemaFormat):
-        return {"json_schema": wanted.json_schema.schema_}
-    if wanted is not None and wanted.type == "json_object":
-        return {"json_schema": {"type": "object"}}
-    return {"grammar": body.grammar}
+def _schema_of(body: ChatBody) -> dict[str, Any] | None:
+    """What the content has to follow."""
+    if isinstance(body.response_format, JsonSchemaFormat):
+        return body.response_format.json_schema.schema_
+    if body.response_format is not None and body.response_format.type == "json_object":
+        return {"type": "object"}
+    return None
 
 
 def _constrained_by(body: ChatBody) -> str | None:
@@ -145,12 +128,10 @@ class _ChatForm:
 
     endpoint = ENDPOINT
 
-    def __init__(
-        self, request_id: str, model: str, *, logprobs: bool, tools: Sequence[str], include_usage: bool
-    ) -> None:
+    def __init__(self, request_id: str, model: str, *, logprobs: bool, include_usage: bool) -> None:
         self.include_usage = include_usage
         self.logprobs = logprobs
-        self.tools = tools
+        self.prompt: ChatPrompt | None = None  # before the first choice
         self.head: dict[str, Any] = {
             "id": f"chatcmpl-{request_id}",
             "object": "chat.completion",
@@ -174,8 +155,9 @@ class _ChatChoice:
 
     def __init__(self, form: _ChatForm, index: int) -> None:
         self._form, self._index = form, index
-        self._reader = ToolCallReader(form.tools) if form.tools else None
-        self._calls = 0
+        assert form.prompt is not None
+        self._reader = form.prompt.reader()
+        self._calls = False
         self._begun = False
         head = json_of({**form.chunk_head, "choices": []})
         self._start = f'data: {head[:-2]}{{"index":{index},"delta":'
@@ -188,11 +170,13 @@ class _ChatChoice:
         text = f'{self._start}{delta},"logprobs":{probs},"finish_reason":{reason}{self._end}'
         return text.encode("utf-8", "replace")
 
-    def _delta(self, part: str | ToolCall) -> str:
-        if isinstance(part, str):
-            return f'{{"content":{json_of(part)}}}'
-        self._calls += 1
-        return json_of({"tool_calls": [{"index": self._calls - 1, **part.body}]})
+    def _delta(self, delta: ChatDelta) -> str:
+        if delta.tool_calls:
+            self._calls = True
+            return json_of({"tool_calls": [_call_delta(call) for call in delta.tool_calls]})
+        if delta.reasoning:
+            return f'{{"reasoning_content":{json_of(delta.reasoning)}}}'
+        return f'{{"content":{json_of(delta.content)}}}'
 
     def _begin(self) -> Iterable[bytes]:
         if not self._begun:
@@ -203,36 +187,46 @@ class _ChatChoice:
         if not piece and not self._form.logprobs:
             return
         yield from self._begin()
-        parts: list[str | ToolCall] = [str(piece)] if self._reader is None else list(self._reader.feed(str(piece)))
+        deltas = self._reader.feed(str(piece))
         logprobs = chat_logprobs(piece.tokens) if self._form.logprobs else None
-        if logprobs and not parts:
-            parts = [""]
-        for part in parts:
-            yield self._event(self._delta(part), logprobs)
+        if logprobs and not deltas:
+            deltas = [ChatDelta()]
+        for delta in deltas:
+            yield self._event(self._delta(delta), logprobs)
             logprobs = None
 
     def end(self, finish_reason: str) -> Iterable[bytes]:
         yield from self._begin()
-        for part in self._reader.end() if self._reader else ():
-            yield self._event(self._delta(part))
+        for delta in self._reader.end():
+            yield self._event(self._delta(delta))
         yield self._event("{}", None, self._reason(finish_reason))
 
     def _reason(self, finish_reason: str) -> str:
         return "tool_calls" if self._calls and finish_reason == "stop" else finish_reason
 
     def whole(self, text: str, tokens: Sequence[TokenInfo], finish_reason: str) -> dict[str, Any]:
-        parts: list[str | ToolCall] = [text]
-        if self._reader is not None:
-            parts = [*self._reader.feed(text), *self._reader.end()]
-        calls = [part.body for part in parts if isinstance(part, ToolCall)]
-        content = "".join(part for part in parts if isinstance(part, str))
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if calls:
-            self._calls = len(calls)
-            message.update(content=content.strip() or None, tool_calls=calls)
+        self._reader.feed(text)
+        self._reader.end()
+        read = self._reader.message
+        message: dict[str, Any] = {"role": "assistant", "content": read.content, "refusal": None}
+        if read.reasoning:
+            message["reasoning_content"] = read.reasoning
+        if read.tool_calls:
+            self._calls = True
+            message.update(
+                content=read.content.strip() or None, tool_calls=[call.as_dict() for call in read.tool_calls]
+            )
         return {
             "index": self._index,
             "message": message,
             "logprobs": chat_logprobs(tokens) if self._form.logprobs else None,
             "finish_reason": self._reason(finish_reason),
         }
+
+
+def _call_delta(call: ToolCallDelta) -> dict[str, Any]:
+    """What became known of a call, in OpenAI's form."""
+    if call.id:
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"index": call.index, "id": call.id, "type": "function", "function": function}
+    return {"index": call.index, "function": {"arguments": call.arguments}}
