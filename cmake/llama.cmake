@@ -70,7 +70,7 @@ target_link_libraries(llamacancel_chat PUBLIC llama)
 # With vendor/patches kernels look at the token inside a node, other backends than the CPU between pieces of a graph, and
 # long loops while they work.
 file(STRINGS ${llama_dir}/ggml/src/ggml-cpu/ggml-cpu-impl.h first_patch REGEX ggml_cpu_aborted)
-file(STRINGS ${llama_dir}/src/llama-impl.h last_patch REGEX llama_took_steps)
+file(STRINGS ${llama_dir}/common/peg-parser.h last_patch REGEX open_until)
 if(first_patch AND last_patch)
     target_compile_definitions(llamacancel_llama INTERFACE LLAMACANCEL_PATCHED)
 else()

@@ -111,6 +111,7 @@ bool ChatReader::read(size_t size, Reading & reading) const {
         if (told || (!node.tag.empty() && !reading.message.tool_calls.empty())) {
             reading.accounted = std::max(reading.accounted, node.end);
         }
+#ifdef LLAMACANCEL_PATCHED
         const std::string & field =
             node.tag == tags::REASONING ? reading.message.reasoning_content : reading.message.content;
         if (told && result.need_more_input() && context.open_until && context.open_since < size && node.end == size &&
@@ -123,6 +124,7 @@ bool ChatReader::read(size_t size, Reading & reading) const {
                 reading.open->longest = std::max(reading.open->longest, delimiter.size());
             }
         }
+#endif
     });
     return true;
 }
