@@ -149,7 +149,7 @@ def test_a_request_that_nobody_holds_any_more_is_over() -> None:
 
 def test_no_memory_for_a_shared_step_is_nobodys_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with engine("llama") as e:
-        runner = e._core.runner
+        runner = e._thread.runner
         compute, failed = runner._compute, []
 
         def once(context: Any, batch: Any, tokens: dict[int, Any], **how: Any) -> Any:

@@ -132,8 +132,8 @@ class Served:
         if not opaque:
             self.service.name_of = lambda request_id: request_id  # so that a test finds its requests in the engine
         self._hold: Hold | None = None
-        self._run = engine._core.runner.run
-        engine._core.runner.run = self._gated
+        self._run = engine._thread.runner.run
+        engine._thread.runner.run = self._gated
         self._listener = socket.socket()
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)  # its connections have it, too

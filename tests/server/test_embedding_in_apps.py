@@ -137,13 +137,13 @@ def test_a_hang_up_is_noticed_through_the_middleware_of_others(engine: lc.Engine
             with contextlib.suppress(asyncio.CancelledError):
                 await asking
 
-    run, open_ = engine._core.runner.run, threading.Event()
+    run, open_ = engine._thread.runner.run, threading.Event()
 
     def held(plan: Any) -> Any:
         assert open_.wait(PATIENCE)
         return run(plan)
 
-    engine._core.runner.run = held
+    engine._thread.runner.run = held
     with running(app) as url:
         asyncio.run(quit_halfway(url))
         eventually(lambda: app.state.service.groups[NOBODY, name].disconnected)

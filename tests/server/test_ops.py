@@ -78,8 +78,8 @@ def test_health_says_what_an_engine_failed_of(exact_model: Callable[[str], lc.Mo
             raise error
 
         error = lc.DecodeFailedError("the connection to the RPC server 10.0.0.7:50052 was lost")
-        served.engine._core.runner.run = lose
-        served.engine._core.runner.upset = lose
+        served.engine._thread.runner.run = lose
+        served.engine._thread.runner.upset = lose
         failed = served.post(COMPLETIONS, greedy("Go on", 3))
         assert (failed.status_code, failed.json()["error"]["code"]) == (503, "engine_failed")
         health = served.get("/health")

@@ -107,7 +107,7 @@ def same_answer(
 
 def before_step(engine: lc.Engine, fn: Callable[[int, Plan], object]) -> None:
     """Calls `fn(number, plan)` on the engine's thread before each step that computes, counted from 0 here."""
-    runner, count = engine._core.runner, iter(range(1 << 60))
+    runner, count = engine._thread.runner, iter(range(1 << 60))
     run = runner.run
 
     def hooked(plan: Plan) -> Outcome:
@@ -133,7 +133,7 @@ def when_pieces(generation: lc.Generation, n: int, fn: Callable[[], object]) -> 
 @contextlib.contextmanager
 def together(engine: lc.Engine) -> Iterator[None]:
     """What is submitted or cancelled inside comes to the engine's thread all at once."""
-    core, open_ = engine._core, threading.Event()
+    core, open_ = engine._thread, threading.Event()
     schedule = core.scheduler.plan
 
     def plan(now: float) -> Plan:
@@ -151,7 +151,7 @@ def together(engine: lc.Engine) -> Iterator[None]:
 
 def before_batch(engine: lc.Engine, fn: Callable[[int, list[Request]], object]) -> None:
     """Calls `fn(number, texts)` on the embedder's thread before each batch of texts, counted from 0 here."""
-    embedder, count = engine._core.embedder, iter(range(1 << 60))
+    embedder, count = engine._thread.embedder, iter(range(1 << 60))
     run = embedder._run
 
     def hooked(texts: list[Request], stop: lc.CancelToken) -> Outcome:

@@ -505,7 +505,7 @@ def test_closing_drains_and_a_cancelled_close_drains_no_longer() -> None:
         task.cancel()
         await finish(task)
         assert generation.finish_reason == "shutdown"
-        assert e.engine._core.stopped
+        assert e.engine._thread.stopped
         await e.close()
 
     run(main)

@@ -431,7 +431,7 @@ def test_generations_go_on_while_texts_are_embedded_and_texts_while_a_step_is_co
             assert [view.id for view in e.snapshot().active] == [embedding.id]
         assert embedding.result(60).shape
         done = threading.Event()
-        embedder = e._core.embedder
+        embedder = e._thread.embedder
         compute = embedder._compute
 
         def computed(*args: Any) -> Any:

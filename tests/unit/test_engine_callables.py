@@ -71,7 +71,7 @@ def test_the_list_is_whole() -> None:
 
 def put(e: lc.Engine, name: str, error: BaseException, at: int, patch: pytest.MonkeyPatch) -> Once:
     """Stands a `Once` in the place of a callable."""
-    runner = e._core.runner
+    runner = e._thread.runner
     if name in RUNNERS:
         once = Once(getattr(runner, name), error, at)
         patch.setattr(runner, name, once)
@@ -91,7 +91,7 @@ def put(e: lc.Engine, name: str, error: BaseException, at: int, patch: pytest.Mo
         once = Once(runner._compute, error, at)
         patch.setattr(runner, "_compute", once)
     elif name.startswith("embedder."):
-        once = put_into_embedder(e._core.embedder, name.partition(".")[2], error, at, patch)
+        once = put_into_embedder(e._thread.embedder, name.partition(".")[2], error, at, patch)
     elif name == "vocabulary":
         once = Once(e._vocabulary.__class__.__getitem__, error, at)
         patch.setattr(e._vocabulary.__class__, "__getitem__", lambda self, token: once(self, token))

@@ -164,7 +164,7 @@ def test_a_step_stops_for_a_cancel_and_who_waits_for_the_slot_joins_those_who_st
         for each in (other, waiting):
             each.result(60)
         assert victim.wait(60)
-        assert not e._core.runner.stop.cancelled
+        assert not e._thread.runner.stop.cancelled
     assert same_answer(arch, other, answer(arch, prompt, 3))
     assert same_answer(arch, waiting, answer(arch, ids(20, 3), 3))
     assert victim.finish_reason == "cancelled"
@@ -176,11 +176,11 @@ def test_a_step_stops_for_a_cancel_and_who_waits_for_the_slot_joins_those_who_st
 def test_what_others_want_of_a_ubatch_is_computed_before_the_step_stops_for_a_cancel(arch: str) -> None:
     prompt, starts = ids(300, 1), []
     with engine(arch, slots=2, n_ubatch=8, step_seconds=None) as e:
-        runner = e._core.runner
+        runner = e._thread.runner
         compute = runner._compute
 
         def look(*args: Any, **how: Any) -> Any:
-            flight = e._core.scheduler.in_flight
+            flight = e._thread.scheduler.in_flight
             assert flight is not None
             starts.append({rows.request.id: rows.start for rows in flight.plan.rows})
             if len(starts) > 1:
@@ -212,11 +212,11 @@ def test_a_long_ubatch_that_others_want_is_stopped_in_its_middle_while_there_is_
 
         def look(number: int, plan: Plan) -> None:
             if any(rows.request.id == other.id and rows.count > 1 for rows in plan.rows):
-                flight = e._core.scheduler.in_flight
+                flight = e._thread.scheduler.in_flight
                 assert flight is not None
                 flight.pace.row_seconds, flight.pace.patience = 1.0, patience
                 victim.cancel()
-                stops.append(e._core.runner.stop)
+                stops.append(e._thread.runner.stop)
 
         with Gate(e, at=3) as gate:
             victim = e.submit(ids(20, 2), sampler=endless())
@@ -226,7 +226,7 @@ def test_a_long_ubatch_that_others_want_is_stopped_in_its_middle_while_there_is_
         other.result(60)
         assert victim.wait(60)
         assert stops[0].cancelled is (patience > 0)
-        assert (e._core.runner.stop is not stops[0]) is (patience > 0), "the next step listens to another one"
+        assert (e._thread.runner.stop is not stops[0]) is (patience > 0), "the next step listens to another one"
     assert same_answer("llama", other, answer("llama", prompt, 3))
     assert victim.finish_reason == "cancelled"
 
@@ -235,11 +235,11 @@ def test_a_long_ubatch_that_others_want_is_stopped_in_its_middle_while_there_is_
 def test_who_was_through_before_a_step_was_stopped_has_its_token(arch: str) -> None:
     prompt = ids(12, 1)
     with engine(arch, n_ubatch=8, step_seconds=None) as e:
-        runner, steps = e._core.runner, []
+        runner, steps = e._thread.runner, []
         compute = runner._compute
 
         def stopping(*args: Any, **how: Any) -> Any:
-            steps.append([(rows.request.id, rows.start) for rows in e._core.scheduler.in_flight.plan.rows])
+            steps.append([(rows.request.id, rows.start) for rows in e._thread.scheduler.in_flight.plan.rows])
             if len(steps) > 1:
                 return compute(*args, **how)
             result = compute(*args, **how)

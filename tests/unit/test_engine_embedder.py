@@ -25,7 +25,7 @@ class Making:
     """
 
     def __init__(self, e: lc.Engine, wrong: Callable[[int], Exception | None] = lambda number: None) -> None:
-        embedder = e._core.embedder
+        embedder = e._thread.embedder
         make, self.threads, self.begun, self.go = embedder._make, [], threading.Semaphore(0), lc.CancelToken()
 
         def held(token: lc.CancelToken | None) -> lc.Context:
@@ -70,7 +70,7 @@ def test_generations_go_on_while_the_context_for_embeddings_is_made() -> None:
         assert not embedding.wait(0)
         making.go.cancel()
         assert embedding.result(60).shape
-        assert making.threads[0] is not e._core._thread
+        assert making.threads[0] is not e._thread._thread
         assert e.embed(ids(6)).result(60).shape
         assert len(making.threads) == 1
 
@@ -82,7 +82,7 @@ def test_a_token_that_engine_is_made_under_cancels_nothing_once_it_is_made() -> 
         generation = e.submit(ids(10), max_tokens=20, sampler=endless())
         assert e.embed(ids(5)).result(60).shape
         assert generation.result(60).finish_reason == "length"
-        runner = e._core.runner
+        runner = e._thread.runner
         first, compute = runner.context, runner._compute
 
         def unusable(context: lc.Context, *args: Any, **how: Any) -> lc.DecodeResult:
@@ -148,7 +148,7 @@ def test_close_waits_for_a_making_or_gives_it_up(drain: bool) -> None:
     e.close(drain=drain)
     assert embedding.finish_reason == ("stop" if drain else "shutdown")
     assert not making.threads[0].is_alive()
-    assert e._core.embedder.context is None
+    assert e._thread.embedder.context is None
 
 
 @pytest.mark.parametrize("arch", ["llama", "embedding"])
@@ -162,7 +162,7 @@ def test_a_cancel_in_the_middle_of_a_batch_ends_those_it_names_and_the_others_ha
     rng = random.Random(gone)
     with engine(arch, slots=3) as e:
         expected = [e.embed(text).result(60) for text in texts]
-        embedder = e._core.embedder
+        embedder = e._thread.embedder
         compute = embedder._compute
         calls: list[int] = []
 
@@ -189,7 +189,7 @@ def test_a_cancel_in_the_middle_of_a_batch_ends_those_it_names_and_the_others_ha
             calls.append(len(tokens))
             if calls != [1, 3]:
                 return compute(context, batch, tokens)
-            flight = e._core.scheduler.texts_in_flight
+            flight = e._thread.scheduler.texts_in_flight
             assert flight is not None
             flight.pace.row_seconds = 100.0 if is_long else 0.0
             owners = [request.owner for request in flight.plan.texts]
@@ -207,13 +207,13 @@ def test_a_cancel_in_the_middle_of_a_batch_ends_those_it_names_and_the_others_ha
             assert {(each.finish_reason, each.reason) for each in embeddings[:gone]} == {("cancelled", "hung up")}
             assert calls == [1, 3, *([3 - gone] if is_long and gone < 3 else [])], "again, where that pays"
         assert embedder.context is not None, "a cancel is no fault"
-        assert not e._core.scheduler.embedding
+        assert not e._thread.scheduler.embedding
 
 
 def test_a_cancel_ends_a_text_while_the_engines_thread_is_busy_with_a_step() -> None:
     with engine() as e:
         e.embed(ids(3)).result(60)
-        embedder = e._core.embedder
+        embedder = e._thread.embedder
         compute, told = embedder._compute, embedder._tell
         outcomes: list[Outcome] = []
         arrived = threading.Event()
@@ -254,7 +254,7 @@ def test_close_waits_for_a_batch_or_stops_it(drain: bool) -> None:
     closing.join(60)
     assert not closing.is_alive()
     assert [each.finish_reason for each in (embedding, waiting)] == ["stop" if drain else "shutdown"] * 2
-    thread = e._core.embedder._thread
+    thread = e._thread.embedder._thread
     assert thread is not None
     assert not thread.is_alive()
-    assert e._core.embedder.context is None
+    assert e._thread.embedder.context is None

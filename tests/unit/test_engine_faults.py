@@ -36,7 +36,7 @@ def _failing() -> Callable[..., lc.Engine]:
     def make(arch: str, decide: Decide, **params: Any) -> lc.Engine:
         e = engine(arch, **params)
         numbers = itertools.count()
-        for computing in (e._core.runner, e._core.embedder):
+        for computing in (e._thread.runner, e._thread.embedder):
             _fail(computing, decide, numbers)
         return e
 
@@ -97,7 +97,7 @@ def test_an_engine_fails_as_a_whole_when_a_text_to_embed_finds_that_the_server_i
         raise failed("the connection to the RPC server 127.0.0.1:50052 was lost: close it")
 
     with engine(slots=2) as e:
-        monkeypatch.setattr(e._core.embedder, "_compute", lost)
+        monkeypatch.setattr(e._thread.embedder, "_compute", lost)
         generation = e.submit(ids(40), sampler=endless())
         next(generation)
         for each in (*(e.embed(ids(5)) for _ in range(2)), generation):
@@ -132,13 +132,13 @@ def test_a_context_that_broke_is_replaced_and_the_requests_begin_again(
 
     prompts = [ids(40, seed) for seed in range(4)]
     with failing(arch, decide, slots=2) as e:
-        before = e._core.runner.context
+        before = e._thread.runner.context
         generations = [e.submit(each, max_tokens=8, sampler=greedy(), logprobs=2) for each in prompts]
         for prompt, generation in zip(prompts, generations, strict=True):
             generation.result(60)
             assert same_answer(arch, generation, answer(arch, prompt, 8))
         assert before.closed
-        assert not e._core.runner.context.closed
+        assert not e._thread.runner.context.closed
     assert broken == [6, 9]
 
 
@@ -226,8 +226,8 @@ def test_an_unexpected_error_with_every_step_ends_each_request_with_it_and_not_t
 ) -> None:
     with engine(slots=2) as e:
         with monkeypatch.context() as patch:
-            patch.setattr(e._core.runner, "run", lambda plan: 1 / 0)
-            patch.setattr(e._core.embedder, "_run", lambda texts, stop: 1 / 0)
+            patch.setattr(e._thread.runner, "run", lambda plan: 1 / 0)
+            patch.setattr(e._thread.embedder, "_run", lambda texts, stop: 1 / 0)
             requests = [*(e.submit(ids(5, seed), max_tokens=100) for seed in range(3)), e.embed(ids(5))]
             for request in requests:
                 with pytest.raises(ZeroDivisionError):
@@ -248,7 +248,7 @@ def test_a_context_that_cannot_be_made_again_ends_the_engine_with_that_error(fai
     def no_context(token: lc.CancelToken | None) -> lc.Context:
         raise lc.ContextError("no memory left on this machine")
 
-    e._core.runner._make_context = no_context
+    e._thread.runner._make_context = no_context
     requests = [e.submit(ids(5, seed), max_tokens=20) for seed in range(3)]
     submitted.set()
     for request in requests:
@@ -261,8 +261,8 @@ def test_a_context_that_cannot_be_made_again_ends_the_engine_with_that_error(fai
         e.__enter__()
     assert e.closed
     e.close()
-    assert e._core.stopped
-    assert e._core.runner.context.closed
+    assert e._thread.stopped
+    assert e._thread.runner.context.closed
 
 
 def test_a_cancel_beside_a_failing_step_still_ends_as_a_cancel(failing: Callable[..., lc.Engine]) -> None:

@@ -157,7 +157,7 @@ def test_an_interrupt_at_any_line_of_close_leaves_an_engine_that_can_be_closed()
             pass
         raised = interrupt.raised
         e.close()
-        assert e._core.stopped
+        assert e._thread.stopped
         assert generation.finish_reason == "length"
     assert at > 3
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 def thread_of(e: lc.Engine) -> threading.Thread:
     """The engine's own thread."""
-    thread = e._core._thread
+    thread = e._thread._thread
     assert thread.name == "llamacancel-engine"
     return thread
 
@@ -37,7 +37,7 @@ def test_closing_finishes_what_was_accepted_and_refuses_the_rest() -> None:
         e.submit(ids(3))
     with pytest.raises(lc.ClosedError):
         e.embed(ids(3))
-    assert e._core.runner.context.closed
+    assert e._thread.runner.context.closed
     assert not thread_of(e).is_alive()
 
 
@@ -83,7 +83,7 @@ def test_a_listener_may_close_the_engine() -> None:
     e.add_listener(lambda view: e.close() if view.state == "decode" else None)
     assert e.submit(ids(10), max_tokens=5).result(60).finish_reason in ("length", "stop")
     e.close()
-    assert e._core.stopped
+    assert e._thread.stopped
 
 
 def test_leaving_the_with_statement_by_an_exception_does_not_drain() -> None:
@@ -100,7 +100,7 @@ def test_an_engine_that_nobody_holds_is_collected_with_a_warning_and_its_thread_
     e = engine()
     generation = stalled(e)
     next(generation)
-    core, thread = e._core, thread_of(e)
+    core, thread = e._thread, thread_of(e)
     gone = weakref.ref(e)
     held = [e]
     del e
@@ -117,7 +117,7 @@ def test_a_closed_engine_is_collected_silently_and_leaves_nothing() -> None:
     e = engine()
     e.submit(ids(10), max_tokens=3, timeout=1000, token=lc.CancelToken()).result(60)
     e.close()
-    gone = [weakref.ref(e), weakref.ref(e._core), weakref.ref(e._core.runner)]
+    gone = [weakref.ref(e), weakref.ref(e._thread), weakref.ref(e._thread.runner)]
     del e
     gc.collect()
     assert [each() for each in gone] == [None, None, None]

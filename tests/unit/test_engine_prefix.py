@@ -147,7 +147,7 @@ def test_without_a_prefix_cache_nothing_is_kept() -> None:
     assert [generation.usage.cached_tokens for generation in generations] == [0, 0]
     assert copies == []
     assert all(slot.n_past == 0 for slot in e.snapshot().slots)
-    assert e._core.runner.context.closed
+    assert e._thread.runner.context.closed
 
 
 @pytest.mark.parametrize("arch", ["llama", "swa", "hybrid"])

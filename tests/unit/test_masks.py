@@ -50,11 +50,11 @@ def test_the_engines_thread_computes_none(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_mask_is_there_before_the_step_is_computed() -> None:
     with engine() as e:
-        runner, seen = e._core.runner, []
+        runner, seen = e._thread.runner, []
         compute = runner._compute
 
         def computed(context: Any, batch: Any, tokens: Any, **how: Any) -> Any:
-            for request in e._core.scheduler.active.values():
+            for request in e._thread.scheduler.active.values():
                 if request.rows_left == 1:
                     request.owner.mask.wait()
                     seen.append(request.owner.sampler._lacks_mask)
@@ -118,7 +118,7 @@ def test_whoever_is_cancelled_waits_for_no_mask(monkeypatch: pytest.MonkeyPatch)
 
     during_fill(monkeypatch, hold)
     with engine() as e:
-        compute = e._core.runner._compute
+        compute = e._thread.runner._compute
 
         def computed(*args: Any, **how: Any) -> Any:
             if not held._work.token.cancelled:
@@ -126,7 +126,7 @@ def test_whoever_is_cancelled_waits_for_no_mask(monkeypatch: pytest.MonkeyPatch)
                 held.cancel()
             return compute(*args, **how)
 
-        e._core.runner._compute = computed  # type: ignore[method-assign]
+        e._thread.runner._compute = computed  # type: ignore[method-assign]
         with together(e):
             held = e.submit(ids(5), sampler=letters())
             neighbour = e.submit(ids(5, 1), sampler=endless(), max_tokens=30)

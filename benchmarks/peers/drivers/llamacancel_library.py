@@ -71,7 +71,7 @@ class _InEngine(common.Session):
         self.token = lc.CancelToken()
 
     def settings(self):
-        return _settings(self.engine._core.runner.context)
+        return _settings(self.engine._thread.runner.context)
 
     def before(self):
         self.token = lc.CancelToken()

@@ -26,7 +26,7 @@ from .generation import Embedding, EmbeddingWork, Generation, GenerationWork, Vo
 from .handle import Handle
 from .runner import Runner, rules_of
 from .scheduler import Limits, Request, Scheduler
-from .thread import Core
+from .thread import EngineThread
 from .views import EngineSnapshot, RequestView
 from .work import Registration
 
@@ -184,9 +184,9 @@ class Engine:
         )
         self._n_ctx = limits.n_ctx
         scheduler = Scheduler(limits, replace(rules, cells=runner.cells))
-        self._core = Core(scheduler, runner, embedder, desk, stream_interval)
+        self._thread = EngineThread(scheduler, runner, embedder, desk, stream_interval)
         self._vocabulary = Vocabulary(model)
-        self._core.start()
+        self._thread.start()
 
     # -- requests
 
@@ -352,7 +352,7 @@ class Engine:
     def snapshot(self) -> EngineSnapshot:
         """Slots, queue and requests at this moment. From any thread, also after `close()`."""
         self._desk.check_process()
-        return self._core.snapshot()
+        return self._thread.snapshot()
 
     def add_listener(self, fn: Callable[[RequestView], object]) -> Registration:
         """Have `fn` called with a view of each request whose state has changed.
@@ -363,7 +363,7 @@ class Engine:
         Returns:
             What to `remove()`.
         """
-        return Registration(fn, self._core.listeners)
+        return Registration(fn, self._thread.listeners)
 
     def close(self, drain: bool = True, timeout: float | None = 30.0) -> None:
         """Refuse new work at once, and stop. Idempotent; from any thread.
@@ -374,19 +374,19 @@ class Engine:
         """
         if self._desk.is_foreign:
             return
-        core = self._core
+        thread = self._thread
         if drain:
-            core.close()
-            if self._desk.is_this_thread or core.join(timeout):
+            thread.close()
+            if self._desk.is_this_thread or thread.join(timeout):
                 return
-        core.stop()
+        thread.stop()
         if not self._desk.is_this_thread:
-            core.join(None)
+            thread.join(None)
 
     def stop(self) -> None:
         """Refuse new work, and end what was accepted with "shutdown". Waits for nothing; `close()` does."""
         if not self._desk.is_foreign:
-            self._core.stop()
+            self._thread.stop()
 
     def __enter__(self) -> Engine:
         self._check_open()
@@ -398,11 +398,11 @@ class Engine:
         self.close(drain=error is None)
 
     def __del__(self) -> None:
-        core = getattr(self, "_core", None)
-        if core is None or self._desk.is_foreign or sys.is_finalizing() or core.stopped:
+        thread = getattr(self, "_thread", None)
+        if thread is None or self._desk.is_foreign or sys.is_finalizing() or thread.stopped:
             return
         warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
-        core.stop()
+        thread.stop()
 
     def __repr__(self) -> str:
         return f"<Engine {'closed' if self.closed else 'open'}, {self._slots} slots, of {self._model!r}>"

@@ -17,10 +17,10 @@ from .scheduler import Outcome, Plan, Request, Scheduler, place_of
 from .views import EngineSnapshot, RequestView, SlotView
 from .work import Registration, Work, call, ending_of
 
-__all__ = ["Core"]
+__all__ = ["EngineThread"]
 
 
-class Core:
+class EngineThread:
     """One thread that plans, runs and commits steps, until it is told to stop.
 
     It knows nothing of the `Engine`, so that an engine that was forgotten can be collected. No other thread touches the
