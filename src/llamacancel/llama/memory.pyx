@@ -59,6 +59,9 @@ cdef class Memory:
     def remove(self, seq_id, p0=0, p1=-1):
         """Forget positions p0 to p1 (without it; negative: the end) of a sequence. What nobody else holds is zeroed.
 
+        Returns:
+            True: it was done. llama.cpp answers False to what cannot be done, which raises here.
+
         Raises:
             ValueError: If that cannot be done: part of a recurrent state, or so much of a sliding window that what is left
                 could not be continued. Nothing was changed. A whole sequence can always be removed.
@@ -76,6 +79,7 @@ cdef class Memory:
         finally:
             box.release()
         check_status(status, "remove", problem, NULL, None)
+        return True
 
     def copy(self, src, dst, p0=0, p1=-1, token=None):
         """Give sequence `dst` the positions p0 to p1 of `src` (negative: the end), without computing them again.
