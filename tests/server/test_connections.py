@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import llamacancel as lc
-from llamacancel.server.ops.routes import events
+from llamacancel.server.ops import events
 from llamacancel.server.protocol import ListeningProtocol
 
 from .served import Served, any_step, eventually, greedy, new_id, serving
