@@ -204,3 +204,9 @@ def test_a_template_that_is_nested_leaves_threads_with_small_stacks_alone() -> N
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["refused", "refused"], done.stderr
+
+
+@pytest.mark.parametrize("step", [-(2**63), 2**63 - 1, -(2**63) + 1])
+def test_a_slice_ends_whatever_its_step(step: int) -> None:
+    chat = Chat.from_template(f"{{{{ (messages[::{step}]) | length }}}}")
+    assert chat.render([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]).text == "1"
