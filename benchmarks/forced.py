@@ -6,12 +6,13 @@ Pairs of the same requests, with and without, in turn; tells medians, and whethe
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import llamacancel as lc
-from llamacancel.constraint import calls_of
+from llamacancel.constraint import JSON_OPTIONS, Source, checked_schema
 
 from .stats import median, paired_ratio
 
@@ -41,10 +42,20 @@ TOOLS = [
     ("get_weather", _object(location=_text(20), unit={"enum": ["celsius", "fahrenheit"]})),
     ("get_time", _object(zone=_text(20))),
 ]
-CONSTRAINTS = {
-    "six properties": PERSON,
-    "a tool's call": calls_of(TOOLS, "<tool_call>\n", "\n</tool_call>", several=False),
-}
+
+
+def _a_call() -> Source:
+    """The constraint of an answer that calls one of the tools, in the form that many families have."""
+    rules = []
+    for i, (name, schema) in enumerate(TOOLS):
+        head = json.dumps(f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": ')
+        rules.append(f"call{i}: {head} arguments{i} {json.dumps('}' + chr(10) + '</tool_call>')}")
+        rules.append(f"arguments{i}: %json {json.dumps({**checked_schema(schema), 'x-guidance': JSON_OPTIONS})}")
+    lark = "\n".join([f"start: {' | '.join(f'call{i}' for i in range(len(TOOLS)))}", *rules])
+    return Source("the schema of the tools", json.dumps({"grammars": [{"lark_grammar": lark}]}))
+
+
+CONSTRAINTS = {"six properties": PERSON, "a tool's call": _a_call()}
 
 
 def measure(model: lc.Model, constraint: Any, slots: int, threads: int | None, pairs: int) -> dict[str, Any]:

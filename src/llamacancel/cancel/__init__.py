@@ -1,6 +1,6 @@
 """Tokens that say stop, and what a call tells that was stopped. Knows neither models nor llama.cpp."""
 
-from .outcome import cancelled_error, for_a_reader, is_lost
+from .outcome import cancelled_error
 from .token import CallbackHandle, CancelToken, Cause, call_as_callback, publish
 
 __all__ = [
@@ -9,7 +9,5 @@ __all__ = [
     "Cause",
     "call_as_callback",
     "cancelled_error",
-    "for_a_reader",
-    "is_lost",
     "publish",
 ]

@@ -5,16 +5,13 @@ from __future__ import annotations
 from ..errors import (
     DeadlineExceeded,
     DecodeCancelled,
-    LlamaCancelError,
     LoadCancelled,
     LoadDeadlineExceeded,
     SequenceOutcome,
 )
 from .token import Cause
 
-__all__ = ["cancelled_error", "for_a_reader", "is_lost"]
-
-_LOST = "the connection to the RPC server"  # how the core says that a model is lost, and every context with it
+__all__ = ["cancelled_error"]
 
 
 def cancelled_error(
@@ -45,17 +42,3 @@ def cancelled_error(
         rows_done=rows_done,
         repair_seconds=repair_seconds,
     )
-
-
-def for_a_reader(error: BaseException) -> Exception:
-    """What a reader is told. A `KeyboardInterrupt` or `SystemExit` that was raised here is none of his thread's."""
-    if isinstance(error, Exception):
-        return error
-    told = LlamaCancelError(f"the request failed: {type(error).__name__}: {error}")
-    told.__cause__ = error
-    return told
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether a call failed because its model is lost."""
-    return str(error).startswith(_LOST)

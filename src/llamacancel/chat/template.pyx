@@ -84,7 +84,6 @@ cdef class Template:
             "parser": made.parser.decode("utf-8", "replace"),
             "stops": _texts(made.stops),
             "markers": _texts(made.markers),
-            "triggers": _texts(made.triggers),
             "thinks": made.thinks,
             "thinking_start": made.thinking_start.decode("utf-8", "replace"),
             "thinking_ends": _texts(made.thinking_ends),

@@ -6,6 +6,6 @@ its own (`matcher.LIMITS`): it cannot be interrupted, so that each of its steps 
 
 from .matcher import Matcher, Vocabulary
 from .schema import checked_schema
-from .source import JSON_OPTIONS, Source, calls_of, source_of
+from .source import JSON_OPTIONS, Source, source_of
 
-__all__ = ["JSON_OPTIONS", "Matcher", "Source", "Vocabulary", "calls_of", "checked_schema", "source_of"]
+__all__ = ["JSON_OPTIONS", "Matcher", "Source", "Vocabulary", "checked_schema", "source_of"]

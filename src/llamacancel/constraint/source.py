@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from .lark import check_lark
@@ -12,7 +12,7 @@ from .matcher import FREE, LIMITS, Matcher, Vocabulary, compiled
 from .pattern import check_regex
 from .schema import checked_schema
 
-__all__ = ["Source", "calls_of", "source_of"]
+__all__ = ["JSON_OPTIONS", "Source", "source_of"]
 
 
 class Source:
@@ -81,26 +81,3 @@ def _of_regex(regex: Any) -> Source:
 def _of_lark(lark: Any) -> Source:
     check_lark(lark)
     return Source("the Lark grammar", json.dumps({"grammars": [{"lark_grammar": lark}]}), FREE)
-
-
-def calls_of(functions: Iterable[tuple[str, Any]], begin: str, end: str, *, several: bool) -> Source:
-    """The constraint of an answer that calls functions, each by name with arguments that follow its schema.
-
-    Args:
-        functions: Name and schema of the arguments of each.
-        begin, end: What stands before and after a call.
-        several: Let calls follow each other, a line break between.
-
-    Raises:
-        TypeError, ValueError: As `source_of`.
-    """
-    rules, names = [], []
-    for i, (name, schema) in enumerate(functions):
-        arguments = {**checked_schema(schema), "x-guidance": JSON_OPTIONS}
-        head = json.dumps(f'{begin}{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ', ensure_ascii=False)
-        rules.append(f"call{i}: {head} arguments{i} {json.dumps('}' + end)}")
-        rules.append(f"arguments{i}: %json {json.dumps(arguments)}")
-        names.append(f"call{i}")
-    more = ' ("\\n" call)*' if several else ""
-    lark = "\n".join([f"start: call{more}", f"call: {' | '.join(names)}", *rules])
-    return Source("the schema of the tools", json.dumps({"grammars": [{"lark_grammar": lark}]}))

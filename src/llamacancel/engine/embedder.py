@@ -8,11 +8,13 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
-from ..cancel import CancelToken, for_a_reader
+from ..cancel import CancelToken
 from ..errors import DecodeCancelled
-from ..llama import Batch, Context, DecodeResult, is_parked
+from ..llama import Batch, Context, DecodeResult
 from .desk import Watch
+from .faults import for_a_reader
 from .generation import EmbeddingWork
+from .joining import join
 from .scheduler import Fault, Flight, Outcome, Plan, Request
 from .work import ending_of
 
@@ -61,11 +63,10 @@ class Embedder:
         """End the thread, unless the exit holds it, and close the context. A batch that it computes is stopped."""
         self._watch.stop.cancel("the engine closes")
         self._plans.put(None)
-        thread = self._thread
-        while thread is not None and thread.is_alive():
-            if is_parked(thread.ident or 0):
+        if self._thread is not None:
+            join(self._thread)
+            if self._thread.is_alive():
                 return
-            thread.join(0.1)
         self._drop()
 
     # -- its own thread

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cancel import CancelToken, for_a_reader
+from ..cancel import CancelToken
 from ..llama import Model, Sampler
+from .faults import for_a_reader
 from .handle import Handle
 from .masks import Mask
 from .scheduler import FinishReason, Request

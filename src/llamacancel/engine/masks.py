@@ -8,6 +8,7 @@ from queue import SimpleQueue
 
 from ..cancel import CancelToken
 from ..llama import Sampler, is_parked
+from .joining import join
 
 __all__ = ["Mask", "Masks"]
 
@@ -100,6 +101,5 @@ class Masks:
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
-            while thread.is_alive() and not is_parked(thread.ident or 0):
-                thread.join(0.1)
+            join(thread)
         self._threads.clear()

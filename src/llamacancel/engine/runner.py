@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from ..cancel import CancelToken, for_a_reader, is_lost
+from ..cancel import CancelToken
 from ..errors import (
     ContextBusyError,
     DecodeCancelled,
@@ -19,6 +19,7 @@ from ..errors import (
     SequenceOutcome,
 )
 from ..llama import Batch, Context, DecodeResult, Model, Sampler, choose_tokens
+from .faults import for_a_reader, is_lost
 from .generation import GenerationWork
 from .masks import Masks
 from .scheduler import Clear, Copy, Fault, MemoryRules, Outcome, Plan, Request, Rows, Sampled, Trim

@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from ..cancel import Cause, is_lost
+from ..cancel import Cause
 from ..errors import ClosedError
-from ..llama import is_parked
 from .desk import Desk
 from .embedder import Embedder
+from .faults import is_lost
+from .joining import join
 from .runner import Runner
 from .scheduler import Outcome, Plan, Request, Scheduler, place_of
 from .views import EngineSnapshot, RequestView, SlotView
@@ -201,13 +202,7 @@ class EngineThread:
 
     def join(self, timeout: float | None) -> bool:
         """Wait for the thread's end; True if it has come, or if the exit has stopped it for good."""
-        until = math.inf if timeout is None else time.monotonic() + timeout
-        while self._thread.is_alive() and not is_parked(self._thread.ident or 0):
-            left = until - time.monotonic()
-            if left <= 0:
-                return False
-            self._thread.join(min(left, 0.1))
-        return True
+        return join(self._thread, timeout)
 
     @property
     def stopped(self) -> bool:

@@ -44,7 +44,6 @@ struct ChatRendering {
     std::string parser;  // as common_peg_arena::save() writes it
     std::vector<std::string> stops;
     std::vector<std::string> markers;  // texts of control tokens that the parser needs to see
-    std::vector<std::string> triggers;  // texts with which a call begins; patterns are left out
     bool thinks = false;
     std::string thinking_start;
     std::vector<std::string> thinking_ends;

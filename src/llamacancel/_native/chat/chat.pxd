@@ -40,7 +40,6 @@ cdef extern from "chat/chat.hpp" namespace "llamacancel" nogil:
         string parser
         vector[string] stops
         vector[string] markers
-        vector[string] triggers
         bool thinks
         string thinking_start
         vector[string] thinking_ends

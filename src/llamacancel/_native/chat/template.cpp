@@ -90,11 +90,6 @@ Status ChatTemplate::render(const ChatRequest & request, Call & call, ChatRender
         rendering.parser = made.parser;
         rendering.stops = made.additional_stops;
         rendering.markers = made.preserved_tokens;
-        for (const common_grammar_trigger & trigger : made.grammar_triggers) {
-            if (trigger.type == COMMON_GRAMMAR_TRIGGER_TYPE_WORD) {
-                rendering.triggers.push_back(trigger.value);
-            }
-        }
         rendering.thinks = made.supports_thinking;
         rendering.thinking_start = made.thinking_start_tag;
         rendering.thinking_ends = made.thinking_end_tags;
