@@ -132,7 +132,8 @@ cdef extern from "llama.h" nogil:
     bool llama_vocab_get_add_bos(const llama_vocab * vocab)
     bool llama_vocab_get_add_eos(const llama_vocab * vocab)
 
-    int32_t llama_set_adapters_lora(llama_context * ctx, llama_adapter_lora ** adapters, size_t n, float * scales) except +
+    int32_t llama_set_adapters_lora(llama_context * ctx, llama_adapter_lora ** adapters, size_t n,
+                                    float * scales) except +
 
     uint32_t llama_n_ctx(const llama_context * ctx)
     uint32_t llama_n_ctx_seq(const llama_context * ctx)
@@ -164,7 +165,9 @@ cdef extern from "llama.h" nogil:
     llama_sampler * llama_sampler_init_top_n_sigma(float n)
     llama_sampler * llama_sampler_init_mirostat(int32_t n_vocab, uint32_t seed, float tau, float eta, int32_t m)
     llama_sampler * llama_sampler_init_mirostat_v2(uint32_t seed, float tau, float eta)
-    llama_sampler * llama_sampler_init_penalties(int32_t n_vocab, int32_t last_n, float repeat, float freq, float present)
-    llama_sampler * llama_sampler_init_dry(const llama_vocab * vocab, float multiplier, float base, int32_t allowed_length,
-                                           int32_t last_n, const char ** breakers, size_t n_breakers)
+    llama_sampler * llama_sampler_init_penalties(int32_t n_vocab, int32_t last_n, float repeat, float freq,
+                                                 float present)
+    llama_sampler * llama_sampler_init_dry(const llama_vocab * vocab, float multiplier, float base,
+                                           int32_t allowed_length, int32_t last_n, const char ** breakers,
+                                           size_t n_breakers)
     llama_sampler * llama_sampler_init_logit_bias(int32_t n_vocab, int32_t n, const llama_logit_bias * biases)

@@ -1,8 +1,8 @@
 # distutils: language = c++
 """The library itself: its log, how it was built, what it does at a fork and at the interpreter's exit.
 
-This extension is the only one that links llama.cpp. The other modules of the room are compiled into the same file, so that
-ggml's globals exist once; the room's `__init__.py` loads them from it.
+This extension is the only one that links llama.cpp. The other modules of the room are compiled into the same file, so
+that ggml's globals exist once; the room's `__init__.py` loads them from it.
 """
 
 import atexit

@@ -19,8 +19,8 @@ cdef Interrupt watch_signals(Call & call)
 cdef raise_cancelled(str what, Call & call, Interrupt interrupt, kind=*, sequences=*)
 cdef int check_call(str what, Call & call, Interrupt interrupt) except -1
 # The one place where what a native operation came to turns into an exception, unless it was done. `what` it was, `said`
-# before the native message; the kinds for what it cannot take, for a failure and for a cancel, and the cancelled sequences.
-# `call` may be NULL where nothing can be cancelled.
+# before the native message; the kinds for what it cannot take, for a failure and for a cancel, and the cancelled
+# sequences. `call` may be NULL where nothing can be cancelled.
 cdef int check_status(Status status, str what, const string & message, Call * call, Interrupt interrupt, str said=*,
                       invalid=*, failed=*, cancelled=*, sequences=*) except -1
 cdef cause_of(const Verdict & verdict)

@@ -32,7 +32,17 @@ from .model cimport LoraAdapter, Model
 from .result cimport outcomes_of, result_of, survivors_of, untouched
 
 from ..cancel import Cause
-from .params import CACHE_TYPES, FLASH_ATTENTION, POOLING, ROPE_SCALING, LatencyPlan, choice, default_threads, integer, number
+from .params import (
+    CACHE_TYPES,
+    FLASH_ATTENTION,
+    POOLING,
+    ROPE_SCALING,
+    LatencyPlan,
+    choice,
+    default_threads,
+    integer,
+    number,
+)
 from .batch import Batch
 from ..errors import (
     ClosedError,
@@ -125,14 +135,13 @@ cdef class Context:
         if pooling is not None:
             params.pooling_type = <llama_pooling_type> <int> choice("pooling", pooling, POOLING)
         params.kv_unified = kv_unified
-        params.flash_attn_type = <llama_flash_attn_type> <int> choice("flash_attn", flash_attn,
-                                                                              FLASH_ATTENTION)
+        params.flash_attn_type = <llama_flash_attn_type> <int> choice("flash_attn", flash_attn, FLASH_ATTENTION)
         params.type_k = <ggml_type> <int> choice("type_k", type_k, CACHE_TYPES)
         params.type_v = <ggml_type> <int> choice("type_v", type_v, CACHE_TYPES)
         params.swa_full = swa_full
         if rope_scaling is not None:
-            params.rope_scaling_type = <llama_rope_scaling_type> <int> choice("rope_scaling", rope_scaling,
-                                                                                      ROPE_SCALING)
+            scaling = choice("rope_scaling", rope_scaling, ROPE_SCALING)
+            params.rope_scaling_type = <llama_rope_scaling_type> <int> scaling
         if rope_freq_base is not None:
             params.rope_freq_base = number("rope_freq_base", rope_freq_base, 0)
         if rope_freq_scale is not None:
@@ -503,7 +512,7 @@ cdef class Context:
             return LatencyPlan(None, cut.n_ubatch, cut.max_outputs, n_pieces, of_one, None, None)
         gap = cut.cost.seconds + cut.cost.seconds_per_row * cut.n_ubatch
         return LatencyPlan(cut.target, cut.n_ubatch, cut.max_outputs, n_pieces, of_one, gap,
-                                   cut.cost.seconds_per_row_kv * 1000)
+                           cut.cost.seconds_per_row_kv * 1000)
 
     def set_lora(self, adapters=()):
         """Use these LoRA adapters from the next call on: pairs of `LoraAdapter` and scale. None: no adapter."""

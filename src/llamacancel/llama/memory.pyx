@@ -39,8 +39,8 @@ cdef class Memory:
         """Forget all sequences. Costs what the cache held since it was last cleared, which is zeroed.
 
         Raises:
-            DecodeCancelled: If `token` was cancelled first; nothing was changed. A cancel that comes later leaves part of
-                the zeroing to the next `clear`.
+            DecodeCancelled: If `token` was cancelled first; nothing was changed. A cancel that comes later leaves part
+                of the zeroing to the next `clear`.
         """
         cdef string problem
         cdef Status status
@@ -63,8 +63,8 @@ cdef class Memory:
             True: it was done. llama.cpp answers False to what cannot be done, which raises here.
 
         Raises:
-            ValueError: If that cannot be done: part of a recurrent state, or so much of a sliding window that what is left
-                could not be continued. Nothing was changed. A whole sequence can always be removed.
+            ValueError: If that cannot be done: part of a recurrent state, or so much of a sliding window that what is
+                left could not be continued. Nothing was changed. A whole sequence can always be removed.
             DecodeFailedError: If it lies on an RPC server to which the connection was lost.
         """
         cdef llama_pos first = integer("p0", p0, -2**31, 2**31 - 1)

@@ -214,7 +214,8 @@ cdef class Model:
         cdef Interrupt interrupt = watch_signals(call)
         with nogil:
             status = tokenize(box.get().vocab(), data, special, parse, call, tokens, message)
-        check_status(status, "tokenize", message, &call, interrupt, "the text cannot be tokenized: ", ValueError, ValueError)
+        check_status(status, "tokenize", message, &call, interrupt, "the text cannot be tokenized: ",
+                     ValueError, ValueError)
         result = np.empty(tokens.size(), np.int32)
         cdef int32_t[::1] view = result
         if tokens.size():
@@ -248,8 +249,8 @@ cdef class Model:
         cdef Interrupt interrupt = watch_signals(call)
         with nogil:
             status = detokenize(box.get().vocab(), data, n, remove, unparse, call, text, message)
-        check_status(status, "detokenize", message, &call, interrupt, "the tokens cannot be turned into text: ", ValueError,
-                     ValueError)
+        check_status(status, "detokenize", message, &call, interrupt, "the tokens cannot be turned into text: ",
+                     ValueError, ValueError)
         return text.decode("utf-8", "replace")
 
     def token_to_piece(self, token, special=True):

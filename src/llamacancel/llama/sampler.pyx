@@ -70,7 +70,7 @@ cdef class Sampler:
     cdef object matcher              # where the text stands in its constraint; None without one, or until bound
     cdef vector[uint32_t] mask       # the tokens that the constraint allows next, a bit for each, if `masked`
     cdef bint masked
-    cdef readonly uint64_t _steps    # that the grammar has taken for the last token, or for its parsing before the first
+    cdef readonly uint64_t _steps    # that the grammar took for the last token, or for its parsing before the first
     cdef bint busy                   # a thread is using the chain, perhaps without the GIL; set and cleared with it
 
     def __init__(self, *, temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, typical_p=1.0, top_n_sigma=-1.0,
@@ -205,7 +205,8 @@ cdef class Sampler:
         if self.biases:
             for bias in self.biases.get()[0]:
                 if bias.token >= n_vocab:
-                    raise ValueError(f"logit_bias: token {bias.token} is outside of the vocabulary (0 to {n_vocab - 1})")
+                    raise ValueError(
+                        f"logit_bias: token {bias.token} is outside of the vocabulary (0 to {n_vocab - 1})")
         if o["grammar"] is not None:
             text, root = o["grammar"].encode(), o["grammar_root"].encode()
             self._steps = 0
@@ -450,7 +451,7 @@ cdef class Sampler:
         return other
 
     def constrained(self, lark):
-        """A sampler with the same options, at its beginning, whose output follows a constraint (`ChatPrompt.constraint`).
+        """A sampler with the same options, at its beginning, that follows a constraint (`ChatPrompt.constraint`).
 
         Raises:
             ValueError: If this one has a constraint or a grammar of its own.
@@ -632,16 +633,16 @@ cdef class _Pieces:
 
 
 cdef double _bias(value) except? -1e300:
-    cdef double number
+    cdef double bias
     try:
-        number = float(value)
+        bias = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"logit_bias: a bias must be a number, not {str(value)[:40]!r}") from None
     except OverflowError:
-        number = float("inf")
-    if number != number or number > 3e38:
+        bias = float("inf")
+    if bias != bias or bias > 3e38:
         raise ValueError("logit_bias: a bias must be a number that a float can hold, or -inf; NaN is none")
-    return number
+    return bias
 
 
 cdef str _no_zero(str name, value):

@@ -97,8 +97,9 @@ cdef class State:
         """Replace what the context holds of a sequence by a saved state.
 
         Raises:
-            StateError: If `data` is damaged, does not fit, or was saved for other weights (of the model's or of adapters: a
-                file may have another name), other RoPE parameters or another kind of cache. Nothing was changed.
+            StateError: If `data` is damaged, does not fit, or was saved for other weights (of the model's or of
+                adapters: a file may have another name), other RoPE parameters or another kind of cache. Nothing was
+                changed.
             DecodeCancelled: If `token` was cancelled first. Nothing was changed.
             DecodeFailedError: If it would lie on an RPC server to which the connection was lost.
         """

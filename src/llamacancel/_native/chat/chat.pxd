@@ -63,5 +63,6 @@ cdef extern from "chat/chat.hpp" namespace "llamacancel" nogil:
 
     cppclass NativeReader "llamacancel::ChatReader":
         NativeReader(const string & parser, common_chat_format format, string generation_prompt) except +
-        Status feed(const string & text, bool last, Call & call, vector[ChatChange] & changes, string & message) except +
+        Status feed(const string & text, bool last, Call & call, vector[ChatChange] & changes,
+                    string & message) except +
         uint64_t steps() noexcept

@@ -64,12 +64,13 @@ cdef extern from "guard/context.hpp" namespace "llamacancel" nogil:
         string unusable() except +
         string check(const BatchView & batch, bool encoding) except +
         vector[llama_seq_id] dirty_among(const BatchView & batch) except +
-        DecodeReport decode(const BatchView & batch, Call & call, const cppmap[llama_seq_id, shared_ptr[TokenCore]] & tokens,
-                            OnCancel on_cancel) except +
+        DecodeReport decode(const BatchView & batch, Call & call,
+                            const cppmap[llama_seq_id, shared_ptr[TokenCore]] & tokens, OnCancel on_cancel) except +
         DecodeReport encode(const BatchView & batch, Call & call) except +
         int32_t decode_bare(const BatchView & batch) except +
         Status remove(llama_seq_id seq, llama_pos p0, llama_pos p1, string & message) except +
-        Status copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1, Call & call, string & message) except +
+        Status copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1, Call & call,
+                    string & message) except +
         void keep(llama_seq_id seq) except +
         Status clear(Call & call, string & message) except +
         void wrote_everywhere() noexcept

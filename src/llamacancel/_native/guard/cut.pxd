@@ -26,10 +26,13 @@ cdef extern from "guard/cut.hpp" namespace "llamacancel" nogil:
         bool on_device
         uint32_t n_pieces
         GapCost cost
+
         @staticmethod
         Cut choose(double target, const GapCost & cost, uint32_t limit) noexcept
+
         @staticmethod
         Cut exactly(uint32_t n_ubatch) noexcept
+
         @staticmethod
         Cut for_device(double target, const GapCost & cost, uint32_t n_ubatch) noexcept
         uint32_t pieces_at(uint32_t n_rows, uint32_t n_kv) noexcept
